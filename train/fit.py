@@ -28,6 +28,7 @@ from train.models.unet import BiasFreeBatchNorm
 from train.noise import PAPER_DOSE, draw_doses, expose
 
 CHECKPOINT_S = 60.0
+CALIBRATION_BATCHES = 40
 EMA_DECAY = 0.999
 LOG_EVERY = 100
 VALIDATE_EVERY = 1000
@@ -45,7 +46,6 @@ class Recipe:
     batch: int
     crop_px: int
     learning_rate: float
-    freeze_norms: float
     seed: int
 
     @classmethod
@@ -78,11 +78,27 @@ def validation_psnr(network: nn.Module, views: Tensor) -> float:
     return torch.cat(scores).mean().item()
 
 
-def freeze_norms(network: nn.Module) -> None:
-    """From here on batch norms use, and keep, their running statistics: training equals inference."""
-    for module in network.modules():
-        if isinstance(module, BiasFreeBatchNorm):
-            module.eval()
+@torch.no_grad()
+def calibrate_norms(network: nn.Module, images: Images, recipe: Recipe, generator: torch.Generator) -> None:
+    """Set every batch norm's statistics from data; training then keeps them fixed.
+
+    Batch statistics would tie the scale of the output to whatever doses share a batch,
+    and the network could not learn the scale at all. Fixed, each norm is a gain per
+    channel, and the network trains exactly as it will run.
+    """
+    network.train()
+    for _ in range(CALIBRATION_BATCHES):
+        inputs, _, _ = draw_batch(images, recipe, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            network(inputs)
+
+
+def draw_batch(images: Images, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh views with fresh noise: inputs and targets (B, 1, S, S) in units of the dose, doses (B,)."""
+    truth = images.random_views(recipe.batch, recipe.crop_px, generator)
+    doses = draw_doses(recipe.batch, generator)
+    inputs = expose(truth, doses, generator) / doses.view(-1, 1, 1, 1)
+    return inputs.to(memory_format=torch.channels_last), truth, doses
 
 
 def main() -> None:
@@ -117,9 +133,14 @@ def main() -> None:
 
     images = Images(Path(recipe.train))
     held_out = Images(Path(recipe.validate)).central_views(512)[::2]
-    frozen = False
-    compiled = torch.compile(network)
+    if step == 0:
+        calibrate_norms(network, images, recipe, generator)
+        ema.load_state_dict(network.state_dict())
     network.train()
+    for module in network.modules():
+        if isinstance(module, BiasFreeBatchNorm):
+            module.eval()
+    compiled = torch.compile(network)
 
     log_path = arguments.out / "log.csv"
     new_log = not log_path.exists()
@@ -131,17 +152,11 @@ def main() -> None:
             log.writerow(["step", "seconds", "learning_rate", "loss", "validation_psnr_db"])
         while spent_s < budget_s:
             part = spent_s / budget_s
-            if part >= recipe.freeze_norms and not frozen:
-                freeze_norms(network)
-                frozen = True
             rate = recipe.learning_rate * min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * part))
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            truth = images.random_views(recipe.batch, recipe.crop_px, generator)
-            doses = draw_doses(recipe.batch, generator)
-            counts = expose(truth, doses, generator)
-            inputs = (counts / doses.view(-1, 1, 1, 1)).to(memory_format=torch.channels_last)
+            inputs, truth, doses = draw_batch(images, recipe, generator)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 estimate = compiled(inputs)
             # At low dose no network can be right: weigh errors by about what is attainable.

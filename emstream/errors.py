@@ -1,0 +1,54 @@
+"""The exceptions of emstream.
+
+::
+
+    EmstreamError
+    ├── SourceError          the camera's endpoint, or the file standing in for it
+    ├── OutputError          the endpoint that frames are published on
+    ├── EngineError
+    │   ├── EngineNotFound     no such file
+    │   ├── EngineInvalid      not a model, or not one of ours
+    │   └── EngineUnavailable  right file, but this machine or installation cannot run it
+    ├── FileFormatError      a movie that cannot be read or written
+    └── MalformedFrame       one message; the service counts it as rejected and goes on
+
+A caller's mistake (a negative dose, an unknown policy) is a ValueError instead.
+"""
+
+from __future__ import annotations
+
+
+class EmstreamError(Exception):
+    """Anything that goes wrong at run time; the text says where and what to do."""
+
+
+class SourceError(EmstreamError):
+    pass
+
+
+class OutputError(EmstreamError):
+    pass
+
+
+class EngineError(EmstreamError):
+    pass
+
+
+class EngineNotFound(EngineError):
+    pass
+
+
+class EngineInvalid(EngineError):
+    pass
+
+
+class EngineUnavailable(EngineError):
+    pass
+
+
+class FileFormatError(EmstreamError):
+    pass
+
+
+class MalformedFrame(EmstreamError):
+    pass

@@ -1,0 +1,58 @@
+"""What a network is for: its card, which travels inside the model file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from emstream.errors import EngineInvalid
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCard:
+    """Facts about a trained network, written by ``train.export``."""
+
+    name: str
+    architecture: str
+    parameters: int
+    field_of_view_px: int
+    """Side of the square of input pixels that can move one output pixel."""
+    bias_free: bool
+    dose_range: tuple[float, float]
+    """Doses it was trained for [electrons/pixel/frame]."""
+    sampling_pm: float
+    """Pixel size it was trained for [pm]."""
+    psnr_db: float
+    """On structures it has not seen, at 0.45 electrons/pixel, peak 1 electron."""
+    ssim: float
+    trained: str
+    """Data, schedule and time, in a sentence."""
+    commit: str
+
+    def to_metadata(self) -> dict[str, str]:
+        """Text entries, one per field, as ONNX metadata wants them."""
+        return {key: json.dumps(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> EngineCard:
+        """Read a card back; raises EngineInvalid when `where` holds none or an incomplete one."""
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name not in metadata:
+                raise EngineInvalid(
+                    f"{where} is not an emstream engine: its metadata lack {field.name!r}; "
+                    "write engines with: python -m train.export"
+                )
+            try:
+                values[field.name] = json.loads(metadata[field.name])
+            except ValueError:
+                raise EngineInvalid(f"{where}: metadata entry {field.name!r} is not JSON") from None
+        try:
+            low, high = (float(dose) for dose in values["dose_range"])
+            values["dose_range"] = (low, high)
+            values["field_of_view_px"] = int(values["field_of_view_px"])
+        except (TypeError, ValueError):
+            raise EngineInvalid(f"{where}: the card's dose_range or field_of_view_px is not a number") from None
+        return cls(**values)

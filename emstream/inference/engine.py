@@ -1,0 +1,96 @@
+"""The protocol that every engine follows.
+
+Shapes: counts (B, H, W) of any PIXEL_TYPES, expected (B, H, W) float32 [electrons].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emstream.inference.card import EngineCard
+
+
+class Engine(ABC):
+    """Turns counts into expected counts.
+
+    `submit` starts a batch and returns a ticket, `collect` waits for it. At most `depth`
+    tickets are out at a time, collected in the order of their submission. Until then
+    `counts` must not change and `expected` must not be read.
+    """
+
+    name: str
+    device: str
+    """Processor, precision and library, for people."""
+    sha256: str | None = None
+    """Of the model file."""
+    card: EngineCard | None = None
+    depth: int = 2
+    best_batch: int = 1
+    """Frames per batch beyond which the engine gains nothing."""
+
+    @abstractmethod
+    def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
+        """Start to denoise `counts` (B, H, W) into `expected` (B, H, W) float32; returns a ticket."""
+
+    @abstractmethod
+    def collect(self, ticket: Any) -> None:
+        """Wait until the ticket's `expected` is written. Raises what the engine raised."""
+
+    def denoise(self, counts: np.ndarray) -> np.ndarray:
+        """Denoise a frame (H, W) or frames (B, H, W) of electron counts.
+
+        Returns float32 of the same shape: expected electrons per pixel.
+        """
+        counts = np.asarray(counts)
+        if counts.ndim not in (2, 3) or counts.size == 0:
+            raise ValueError(f"counts must be (H, W) or (B, H, W), got shape {counts.shape}")
+        if counts.dtype.kind not in "uif":
+            raise ValueError(f"counts must be numbers [electrons], got {counts.dtype}")
+        if counts.dtype.kind == "f" and not np.isfinite(counts).all():
+            raise ValueError("counts must be finite, got NaN or infinite pixels")
+        batch = counts if counts.ndim == 3 else counts[None]
+        native = np.ascontiguousarray(batch, dtype=_native(batch.dtype))
+        expected = np.empty(batch.shape, np.float32)
+        for row in range(len(batch)):
+            self.collect(self.submit(native[row : row + 1], expected[row : row + 1]))
+        return expected.reshape(counts.shape)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """{name, sha256, device}: goes out with every denoised frame."""
+        return {"name": self.name, "sha256": self.sha256, "device": self.device}
+
+    def close(self) -> None:  # noqa: B027  most engines hold nothing
+        """Free what the engine holds."""
+
+
+def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """`dtype` in this machine's byte order, in a width that engines take."""
+    if dtype.itemsize == 8 and dtype.kind in "ui" or dtype == np.float16:
+        return np.dtype(np.float32)
+    return dtype.newbyteorder("=")
+
+
+class IdentityEngine(Engine):
+    """Publishes what came in, as float32: the transport without a network."""
+
+    name = "identity"
+    device = "none"
+    best_batch = 16
+
+    def submit(self, counts: np.ndarray, expected: np.ndarray) -> None:
+        np.copyto(expected, counts, casting="unsafe")
+
+    def collect(self, ticket: None) -> None:
+        pass
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a model file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

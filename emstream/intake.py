@@ -1,0 +1,152 @@
+"""Where a source hands over its frames.
+
+A source calls, for each message it gets::
+
+    row = intake.offer(header)     a place for the pixels, or None: read and forget them
+    ...write row...
+    intake.accept()                or intake.refuse(reason)
+
+and `malformed(reason)` for a message without a usable header, `mark(message)` for the
+start or end of a series. The overrun policy, gain and offset, and the check that pixels
+are numbers live here, so that every source has them alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+from emstream.frame import FrameHeader, now_ns
+from emstream.ledger import Ledger
+from emstream.ring import Ring, SeriesMark
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES
+
+log = logging.getLogger(__name__)
+
+
+class Overrun(StrEnum):
+    """What gives way when frames come faster than the engine takes them."""
+
+    drop_oldest = "drop-oldest"
+    drop_newest = "drop-newest"
+    block = "block"
+
+
+class Source(Protocol):
+    """What receives from a camera. Runs in a thread of its own."""
+
+    def run(self, intake: Intake, stop: threading.Event) -> None:
+        """Hand frames to `intake` until the camera is done or `stop` is set; then return within a second."""
+
+
+class Intake:
+    """The producer's side of the pipeline; one source thread calls it."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        ledger: Ledger,
+        overrun: Overrun = Overrun.drop_oldest,
+        gain: float = 1.0,
+        offset: float = 0.0,
+        max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+    ) -> None:
+        """`gain` [ADU per electron] and `offset` [ADU] turn a camera's ADU into electrons."""
+        if not (np.isfinite(gain) and gain > 0):
+            raise ValueError(f"gain must be positive, got {gain} ADU per electron")
+        if not np.isfinite(offset):
+            raise ValueError(f"offset must be a number, got {offset} ADU")
+        if max_frame_bytes < 1:
+            raise ValueError(f"the largest frame must be positive, got {max_frame_bytes} bytes")
+        self.max_frame_bytes = max_frame_bytes
+        self._ring = ring
+        self._ledger = ledger
+        self._overrun = overrun
+        self._gain, self._offset = np.float32(gain), np.float32(offset)
+        self._converts = gain != 1.0 or offset != 0.0
+        self._aborted = threading.Event()
+        self._header: FrameHeader | None = None
+        self._received_ns = 0
+        self._row = self._raw = np.empty((0, 0))
+
+    def abort(self) -> None:
+        """Stop waiting for a free slot, whatever the policy."""
+        self._aborted.set()
+
+    def offer(self, header: FrameHeader) -> np.ndarray | None:
+        """A frame is here: a row (H, W) of its type for its pixels, or None when it is dropped."""
+        assert self._header is None, "the frame before was neither accepted nor refused"
+        self._received_ns = now_ns()
+        self._ledger.receive()
+        self._ledger.number(header.source, header.series, header.frame)
+        try:
+            row = self._reserve(header)
+        except MemoryError:
+            self._count_rejected(f"no memory for a frame of {header.shape[0]}x{header.shape[1]} {header.type}")
+            return None
+        if row is None:
+            self._ledger.drop()
+            return None
+        self._header, self._row = header, row
+        if not self._converts:
+            return row
+        if (self._raw.shape, self._raw.dtype) != (header.shape, header.dtype):
+            self._raw = np.empty(header.shape, header.dtype)
+        return self._raw
+
+    def accept(self) -> None:
+        """The row offered last is written."""
+        header, row = self._take_header(), self._row
+        written = self._raw if self._converts else row
+        if header.endianness != "little":
+            written.byteswap(inplace=True)
+            header.endianness = "little"
+        if written.dtype.kind == "f" and not np.isfinite(np.add.reduce(written, axis=None)):
+            self._ring.cancel()
+            self._count_rejected("pixels are not numbers (NaN or infinite)")
+            return
+        if self._converts:
+            np.subtract(written, self._offset, out=row, casting="unsafe")
+            np.divide(row, self._gain, out=row)
+            header = replace(header, type="float32", units="electrons")
+        self._ring.commit(header, self._received_ns)
+
+    def refuse(self, reason: str) -> None:
+        """The frame offered last turned out to be malformed."""
+        self._take_header()
+        self._ring.cancel()
+        self._count_rejected(reason)
+
+    def malformed(self, reason: str) -> None:
+        """A message came that never got as far as an offer."""
+        self._ledger.receive()
+        self._count_rejected(reason)
+
+    def mark(self, message: dict[str, Any]) -> None:
+        """A series starts or ends, after all frames offered so far."""
+        self._ring.mark(SeriesMark(message))
+
+    def _reserve(self, header: FrameHeader) -> np.ndarray | None:
+        dtype = np.dtype(np.float32) if self._converts else header.dtype
+        row = self._ring.reserve(header.shape, dtype)
+        if row is None and self._overrun is Overrun.drop_oldest and (lost := self._ring.evict()):
+            self._ledger.drop(lost)
+            row = self._ring.reserve(header.shape, dtype)
+        while row is None and self._overrun is Overrun.block and not self._aborted.is_set():
+            self._ring.wait_free(timeout_s=0.1)
+            row = self._ring.reserve(header.shape, dtype)
+        return row
+
+    def _take_header(self) -> FrameHeader:
+        header, self._header = self._header, None
+        assert header is not None, "no frame was offered"
+        return header
+
+    def _count_rejected(self, reason: str) -> None:
+        self._ledger.reject(reason)
+        log.debug("frame rejected: %s", reason)

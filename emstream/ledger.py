@@ -1,0 +1,155 @@
+"""Every frame accounted for, and how long it took.
+
+At every moment: received == published + dropped + rejected + failed + in_flight.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter, deque
+from typing import Any
+
+_STEP = math.log(1.01)
+_BUCKETS = 3200  # 1 % steps from 1 ns to about 18 hours
+_MAX_GAPS = 1000
+_MAX_REASONS = 50
+_REPEAT_WINDOW = 1000
+
+
+class Histogram:
+    """Durations in buckets of 1 %: constant memory, percentiles good to 1 %."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * _BUCKETS
+        self._total = 0
+        self._max = 0
+
+    def add(self, duration_ns: int) -> None:
+        bucket = int(math.log(duration_ns) / _STEP) if duration_ns > 1 else 0
+        self._counts[min(bucket, _BUCKETS - 1)] += 1
+        self._total += 1
+        if duration_ns > self._max:
+            self._max = duration_ns
+
+    def percentile_ms(self, percent: float) -> float | None:
+        """The duration [ms] that `percent` of the frames did not exceed; None without frames."""
+        if not self._total:
+            return None
+        rank, seen = math.ceil(self._total * percent / 100), 0
+        for bucket, count in enumerate(self._counts):
+            seen += count
+            if seen >= rank:
+                return min(math.exp((bucket + 1) * _STEP), self._max) / 1e6
+        return self._max / 1e6
+
+    def summary_ms(self) -> dict[str, float | None]:
+        percentiles = {"p50": 50, "p99": 99, "p99_9": 99.9, "max": 100}
+        return {name: _round(self.percentile_ms(value)) for name, value in percentiles.items()}
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+class Ledger:
+    """Counters that any thread may write; each frame is received once and settled once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._received = self._published = self._dropped = self._rejected = self._failed = 0
+        self._missing = 0
+        self._reasons: Counter[str] = Counter()
+        self._gaps: deque[tuple[int, int]] = deque(maxlen=_MAX_GAPS)
+        self._series: tuple[str, int | str] | None = None
+        self._last = -1
+        self.latency = {
+            "total": Histogram(),
+            "camera_to_received": Histogram(),
+            "received_to_batched": Histogram(),
+            "batched_to_inferred": Histogram(),
+            "inferred_to_published": Histogram(),
+        }
+
+    def receive(self) -> None:
+        with self._lock:
+            self._received += 1
+
+    def publish(self) -> None:
+        with self._lock:
+            self._published += 1
+
+    def drop(self, frames: int = 1) -> None:
+        with self._lock:
+            self._dropped += frames
+
+    def fail(self, frames: int) -> None:
+        with self._lock:
+            self._failed += frames
+
+    def reject(self, reason: str) -> None:
+        with self._lock:
+            self._rejected += 1
+            if reason in self._reasons or len(self._reasons) < _MAX_REASONS:
+                self._reasons[reason] += 1
+
+    def number(self, source: str, series: int | str, frame: int) -> None:
+        """Note the camera's own number of a received frame; gaps count as missing.
+
+        A late frame closes its gap and a repeated one changes nothing. A number of 0, or
+        one far behind, means that the camera began again, and opens a new count.
+        """
+        with self._lock:
+            if (source, series) != self._series:
+                self._series, self._last = (source, series), frame - 1
+                self._gaps.clear()
+            if frame > self._last:
+                if frame > self._last + 1:
+                    self._gaps.append((self._last + 1, frame - 1))
+                    self._missing += frame - 1 - self._last
+                self._last = frame
+            elif not self._close_gap(frame) and (frame == 0 or self._last - frame > _REPEAT_WINDOW):
+                self._gaps.clear()
+                self._last = frame
+
+    def _close_gap(self, frame: int) -> bool:
+        for i, (first, last) in enumerate(self._gaps):
+            if first <= frame <= last:
+                pieces = [(first, frame - 1), (frame + 1, last)]
+                del self._gaps[i]
+                self._gaps.extend(piece for piece in pieces if piece[0] <= piece[1])
+                self._missing -= 1
+                return True
+        return False
+
+    @property
+    def published(self) -> int:
+        return self._published
+
+    @property
+    def in_flight(self) -> int:
+        return self.snapshot()["in_flight"]
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters at one moment."""
+        with self._lock:
+            settled = self._published + self._dropped + self._rejected + self._failed
+            return {
+                "received": self._received,
+                "published": self._published,
+                "dropped": self._dropped,
+                "rejected": self._rejected,
+                "failed": self._failed,
+                "in_flight": self._received - settled,
+                "missing": self._missing,
+            }
+
+    def reasons(self) -> dict[str, int]:
+        """Why frames were rejected, most frequent first."""
+        with self._lock:
+            return dict(self._reasons.most_common())
+
+    def latency_ms(self) -> dict[str, Any]:
+        """Percentiles [ms] from received to published, and of each stage on the way."""
+        stages = {name: histogram.summary_ms() for name, histogram in self.latency.items() if name != "total"}
+        return {**self.latency["total"].summary_ms(), **stages}

@@ -1,0 +1,195 @@
+"""Receive, batch, infer, publish, drain: the loop over injected parts.
+
+::
+
+    source ──▶ intake ──▶ ring ──▶ engine ──▶ publisher
+    (thread)              slots    (thread)   (thread)
+
+Each of the three threads spends its time in ZeroMQ, NumPy or the engine, all of which
+release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from emstream.frame import now_ns
+from emstream.inference.engine import Engine
+from emstream.intake import Intake, Source
+from emstream.ledger import Ledger
+from emstream.publish import Publisher
+from emstream.ring import Ring, SeriesMark, Slot
+
+log = logging.getLogger(__name__)
+STATS_EVERY_S = 1.0
+
+
+class Pipeline:
+    """One source through one engine to one publisher.
+
+    It ends when the source does, after `frames` published frames, or on `stop`; either
+    way every frame received by then is settled before `run` returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        intake: Intake,
+        ring: Ring,
+        engine: Engine,
+        publisher: Publisher,
+        ledger: Ledger,
+        frames: int | None = None,
+        on_progress: Callable[[], None] | None = None,
+    ) -> None:
+        self._source = source
+        self._intake = intake
+        self._ring = ring
+        self._engine = engine
+        self._publisher = publisher
+        self._ledger = ledger
+        self._frames = frames
+        self._on_progress = on_progress
+        self._done: SimpleQueue[Slot | SeriesMark | None] = SimpleQueue()
+        self._stopping = threading.Event()
+        self._aborting = threading.Event()
+        self._finished = threading.Event()
+        self._fault: BaseException | None = None
+        self._first_published_ns = self._last_published_ns = 0
+
+    def stop(self) -> None:
+        """Take no more frames, finish those received. Called a second time: drop those, too."""
+        if self._stopping.is_set():
+            self._abort()
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Run to the end. Re-raises what a thread died of."""
+        receive, infer, publish = (
+            threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"))
+            for work in (self._receive, self._infer, self._publish)
+        )
+        for thread in (publish, infer, receive):
+            thread.start()
+        # Short waits, so that the main thread gets to run signal handlers.
+        for thread in (receive, infer, publish):
+            while thread.is_alive():
+                thread.join(timeout=0.2)
+        if self._fault:
+            raise self._fault
+
+    @property
+    def frames_per_s(self) -> float | None:
+        """Mean rate between the first and the last published frame."""
+        span_ns = self._last_published_ns - self._first_published_ns
+        published = self._ledger.published
+        return (published - 1) / span_ns * 1e9 if published > 1 and span_ns > 0 else None
+
+    # -- threads ----------------------------------------------------------------
+
+    def _receive(self) -> None:
+        try:
+            self._source.run(self._intake, self._stopping)
+        finally:
+            self._ring.close()
+
+    def _infer(self) -> None:
+        submitted: deque[tuple[Any, Slot | SeriesMark]] = deque()
+        try:
+            while True:
+                while len(submitted) < self._engine.depth:
+                    item = self._ring.claim(block=not submitted)
+                    if item is None:
+                        break
+                    if isinstance(item, SeriesMark):
+                        submitted.append((None, item))
+                    elif self._aborting.is_set():
+                        self._settle(item, self._ledger.drop)
+                    elif (ticket := self._attempt(item, self._engine.submit, item.counts, item.expected)) is not None:
+                        submitted.append((ticket, item))
+                if not submitted:
+                    return
+                ticket, item = submitted.popleft()
+                if isinstance(item, Slot):
+                    if self._attempt(item, self._engine.collect, ticket) is None:
+                        continue
+                    item.inferred_ns = now_ns()
+                self._done.put(item)
+        finally:
+            self._done.put(None)
+
+    def _publish(self) -> None:
+        next_stats_ns = now_ns()
+        while True:
+            with contextlib.suppress(Empty):
+                item = self._done.get(timeout=STATS_EVERY_S)
+                if item is None:
+                    self._publisher.stats(self.report())
+                    return
+                if isinstance(item, Slot):
+                    self._publish_slot(item)
+                else:
+                    self._publisher.mark(item)
+            if now_ns() >= next_stats_ns:
+                next_stats_ns = now_ns() + int(STATS_EVERY_S * 1e9)
+                self._publisher.stats(self.report())
+                if self._on_progress:
+                    self._on_progress()
+
+    def _publish_slot(self, slot: Slot) -> None:
+        left = None if self._frames is None else self._frames - self._ledger.published
+        sent = self._publisher.publish(slot, left)
+        if sent < len(slot):
+            self._ledger.drop(len(slot) - sent)
+        self._last_published_ns = now_ns()
+        self._first_published_ns = self._first_published_ns or self._last_published_ns
+        self._ring.release(slot)
+        if self._frames is not None and self._ledger.published >= self._frames:
+            self._abort()
+
+    # -- faults -----------------------------------------------------------------
+
+    def _attempt(self, slot: Slot, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Let the engine work on a batch; an engine that raises costs that batch and nothing else."""
+        try:
+            result = work(*arguments)
+        except Exception:
+            log.exception("engine failed on %d frames from frame %d on", len(slot), slot.headers[0].frame)
+            self._settle(slot, self._ledger.fail)
+            return None
+        return True if result is None else result
+
+    def _settle(self, slot: Slot, count: Callable[[int], None]) -> None:
+        count(len(slot))
+        self._ring.release(slot)
+
+    def _abort(self) -> None:
+        """What still waits in the ring is dropped, not denoised."""
+        self._stopping.set()
+        self._aborting.set()
+        self._intake.abort()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._fault = self._fault or error
+            self._abort()
+
+    def report(self) -> dict[str, Any]:
+        """Ledger, latencies [ms] and rate, as ``--json`` prints them."""
+        rate = self.frames_per_s
+        return {
+            "ledger": self._ledger.snapshot(),
+            "latency_ms": self._ledger.latency_ms(),
+            "frames_per_s": None if rate is None else round(rate, 3),
+            "rejected_because": self._ledger.reasons(),
+            "engine": self._engine.identity,
+        }

@@ -1,0 +1,159 @@
+"""The output socket: denoised frames, the raw ones beside them, and statistics.
+
+Three topics on one ZeroMQ XPUB socket: ``denoised``, ``raw`` (the very frame, paired by
+series and frame number) and ``stats`` (once a second). Sending never waits: a subscriber
+that lags loses frames at its own queue, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import zmq
+
+from emstream import wire
+from emstream.errors import OutputError
+from emstream.frame import FrameHeader, now_ns
+from emstream.ledger import Ledger
+from emstream.ring import SeriesMark, Slot
+
+DENOISED, RAW, STATS = b"denoised", b"raw", b"stats"
+QUEUE_FRAMES = 64  # messages kept for one lagging subscriber, then it loses frames
+_DOSE_ROW_STEP = 8  # the dose is the mean over every eighth row: 0.004 electrons off at 512x512
+
+
+class Publisher:
+    """Sends batches; one thread calls it."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        ledger: Ledger,
+        engine: Mapping[str, Any],
+        dose_range: tuple[float, float] | None = None,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Bind `endpoint`; `engine` {name, sha256, device} goes into every denoised header."""
+        self._ledger = ledger
+        self._engine = dict(engine)
+        self._dose_range = dose_range
+        self._open_series: tuple[str, int | str] | None = None
+        self._subscribed: set[bytes] = set()
+        self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
+        self._socket.sndhwm = QUEUE_FRAMES
+        self._socket.linger = 2000
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            raise OutputError(_bind_hint(endpoint, error)) from None
+        self.endpoint: str = self._socket.last_endpoint.decode().rstrip("\0")
+
+    def publish(self, slot: Slot, limit: int | None = None) -> int:
+        """Send the first `limit` frames of a finished batch; returns how many were sent."""
+        wants_raw = self._wants(RAW)
+        rows = range(len(slot) if limit is None else min(limit, len(slot)))
+        for row in rows:
+            header = slot.headers[row]
+            self._open(header)
+            if wants_raw:
+                self._send(RAW, wire.map_of(header), slot.counts[row])
+            message = wire.map_of(header)
+            message["type"] = "float32"
+            if self._dose_range:
+                message["dose"], message["in_domain"] = self._domain(slot.counts[row])
+            message["engine"] = self._engine
+            published_ns = now_ns()
+            self._note_latency(slot, row, header, published_ns)
+            self._ledger.publish()
+            message["stages_ns"] = {
+                "received": slot.received_ns[row],
+                "batched": slot.batched_ns,
+                "inferred": slot.inferred_ns,
+                "published": published_ns,
+            }
+            message["ledger"] = self._ledger.snapshot()
+            self._send(DENOISED, message, slot.expected[row])
+        return len(rows)
+
+    def mark(self, mark: SeriesMark) -> None:
+        """Pass on the start or end of a series."""
+        message = mark.message
+        if message["htype"] == wire.END:
+            self._close(message)
+            return
+        self._close()
+        self._open_series = (message.get("source", ""), message.get("series", 0))
+        self._announce(message)
+
+    def stats(self, message: Mapping[str, Any]) -> None:
+        """Send one message on the stats topic."""
+        self._socket.send_multipart([STATS, wire.pack({"htype": wire.STATS, **message})])
+
+    def close(self, linger_s: float = 2.0) -> None:
+        """End the open series and give subscribers `linger_s` to take what is queued."""
+        self._close()
+        self._socket.close(linger=int(1000 * linger_s))
+
+    def _domain(self, counts: np.ndarray) -> tuple[float, bool]:
+        """The frame's dose [electrons/pixel] and whether the engine was trained for it."""
+        assert self._dose_range is not None
+        dose = float(np.mean(counts[::_DOSE_ROW_STEP]))
+        low, high = self._dose_range
+        return round(dose, 4), low <= dose <= high
+
+    def _note_latency(self, slot: Slot, row: int, header: FrameHeader, published_ns: int) -> None:
+        latency = self._ledger.latency
+        received_ns = slot.received_ns[row]
+        if header.timestamp_ns is not None:
+            latency["camera_to_received"].add(received_ns - header.timestamp_ns)
+        latency["received_to_batched"].add(slot.batched_ns - received_ns)
+        latency["batched_to_inferred"].add(slot.inferred_ns - slot.batched_ns)
+        latency["inferred_to_published"].add(published_ns - slot.inferred_ns)
+        latency["total"].add(published_ns - received_ns)
+
+    def _open(self, header: FrameHeader) -> None:
+        """Announce a series whose camera did not."""
+        series = (header.source, header.series)
+        if series != self._open_series:
+            self._close()
+            self._open_series = series
+            self._announce({"htype": wire.START, "source": header.source, "series": header.series})
+
+    def _close(self, message: Mapping[str, Any] | None = None) -> None:
+        if self._open_series:
+            source, series = self._open_series
+            self._announce(message or {"htype": wire.END, "source": source, "series": series})
+            self._open_series = None
+
+    def _announce(self, message: Mapping[str, Any]) -> None:
+        packed = wire.pack(message)
+        for topic in (DENOISED, RAW):
+            self._socket.send_multipart([topic, packed])
+
+    def _send(self, topic: bytes, message: Mapping[str, Any], pixels: np.ndarray) -> None:
+        # Copied by ZeroMQ: the slot may be filled again before a slow subscriber has read it.
+        self._socket.send(topic, zmq.SNDMORE)
+        self._socket.send(wire.pack(message), zmq.SNDMORE)
+        self._socket.send(pixels, copy=True)
+
+    def _wants(self, topic: bytes) -> bool:
+        """Whether anybody has subscribed to `topic`."""
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            message = self._socket.recv()
+            if message[:1] == b"\1":
+                self._subscribed.add(message[1:])
+            elif message[:1] == b"\0":
+                self._subscribed.discard(message[1:])
+        return any(topic.startswith(prefix) for prefix in self._subscribed)
+
+
+def _bind_hint(endpoint: str, error: zmq.ZMQError) -> str:
+    if error.errno == zmq.EADDRINUSE:
+        return (
+            f"cannot publish on {endpoint}: the address is in use; "
+            "stop the other program or choose another port with --output"
+        )
+    return f"cannot publish on {endpoint}: {error.strerror}; --output takes tcp://HOST:PORT or ipc://PATH"

@@ -1,0 +1,145 @@
+"""The composition root: settings in, a running pipeline out.
+
+`build` is the whole service on one page; `serve` adds signals and a clean end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from emstream.inference import load_engine
+from emstream.inference.engine import Engine
+from emstream.intake import Intake, Overrun
+from emstream.ledger import Ledger
+from emstream.pipeline import Pipeline, Source
+from emstream.publish import Publisher
+from emstream.ring import Ring
+from emstream.sources import open_source
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES
+
+DEFAULT_OUTPUT = "tcp://127.0.0.1:5556"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One service. Each field is a flag of ``emstream serve``."""
+
+    input: str
+    """URL of the camera."""
+    output: str = DEFAULT_OUTPUT
+    """Endpoint to publish on."""
+    engine: str | Path | None = None
+    """Model file; None is the one that ships with emstream."""
+    precision: str | None = None
+    threads: int | None = None
+    max_batch: int | None = None
+    """Frames; None is what the engine likes best."""
+    max_wait_ms: float = 0.0
+    """How long a batch's first frame may wait for company while the engine is idle."""
+    overrun: Overrun = Overrun.drop_oldest
+    slots: int = 8
+    """Batches in the ring: what a burst may pile up before the overrun policy applies."""
+    gain: float = 1.0
+    offset: float = 0.0
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
+    frames: int | None = None
+    """Stop after this many published frames."""
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames must be at least 1, got {self.frames}")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A pipeline ready to run, and the parts one may want to look at."""
+
+    pipeline: Pipeline
+    publisher: Publisher
+    engine: Engine
+    ledger: Ledger
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.engine.close()
+
+
+def build(
+    settings: Settings,
+    *,
+    source: Source | None = None,
+    engine: Engine | None = None,
+    on_progress: Callable[[], None] | None = None,
+) -> Service:
+    """Put a service together. `source` and `engine` given here stand in for those the settings name."""
+    ledger = Ledger()
+    engine = engine or load_engine(settings.engine, precision=settings.precision, threads=settings.threads)
+    ring = Ring(
+        slots=settings.slots,
+        max_batch=settings.max_batch if settings.max_batch is not None else engine.best_batch,
+        max_wait_ns=int(settings.max_wait_ms * 1e6),
+    )
+    intake = Intake(
+        ring,
+        ledger,
+        overrun=settings.overrun,
+        gain=settings.gain,
+        offset=settings.offset,
+        max_frame_bytes=settings.max_frame_bytes,
+    )
+    source = source or open_source(settings.input)
+    dose_range = engine.card.dose_range if engine.card else None
+    publisher = Publisher(settings.output, ledger, engine.identity, dose_range)
+    pipeline = Pipeline(
+        source=source,
+        intake=intake,
+        ring=ring,
+        engine=engine,
+        publisher=publisher,
+        ledger=ledger,
+        frames=settings.frames,
+        on_progress=on_progress,
+    )
+    return Service(pipeline, publisher, engine, ledger)
+
+
+def serve(settings: Settings, on_ready: Callable[[Service], None] | None = None, **parts: Any) -> dict[str, Any]:
+    """Run a service until its source ends, `frames` are published, or SIGINT or SIGTERM comes.
+
+    Returns the final report. A first signal drains: frames received are still denoised
+    and published. A second one drops them.
+    """
+    service = build(settings, **parts)
+    try:
+        with stop_on_signals(service.pipeline.stop):
+            if on_ready:
+                on_ready(service)
+            service.pipeline.run()
+    finally:
+        service.close()
+    return service.pipeline.report()
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at SIGINT and SIGTERM, in the main thread; elsewhere signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,88 @@
+"""Where frames come from: `open_source` turns an ``--input`` URL into a source.
+
+A new kind of camera is a new module here with a class that has ``run(intake, stop)``,
+and a line in SCHEMES.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from emstream.intake import Source
+
+SCHEMES = {
+    "tcp": "zmq",
+    "ipc": "zmq",
+    "pull+tcp": "zmq",
+    "pull+ipc": "zmq",
+    "file": "files",
+    "sim": "simulated",
+}
+
+
+def open_source(url: str) -> Source:
+    """Make the source that `url` names, e.g. ``tcp://127.0.0.1:5555`` or ``file:///movie.h5?rate=40``.
+
+    Raises ValueError for a URL that makes no sense, SourceError for one that cannot be opened.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        raise ValueError(f"--input {url!r}: scheme must be one of {', '.join(SCHEMES)}")
+    module = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}")
+    source: Source = module.from_url(Url(url, parts, dict(parse_qsl(parts.query, keep_blank_values=True))))
+    return source
+
+
+@dataclass(frozen=True)
+class Url:
+    """An ``--input`` URL in its parts, with options that are checked as they are read."""
+
+    text: str
+    parts: SplitResult
+    options: dict[str, str]
+
+    @property
+    def path(self) -> str:
+        return unquote(self.parts.netloc + self.parts.path)
+
+    def expect(self, *known: str) -> None:
+        """Refuse options that the source does not have."""
+        if unknown := sorted(set(self.options) - set(known)):
+            raise ValueError(
+                f"--input {self.text!r}: unknown option {', '.join(unknown)}; "
+                f"known: {', '.join(known) or 'none'}"
+            )
+
+    def number(self, name: str, default: float, unit: str, positive: bool = True) -> float:
+        """A number option, positive unless said otherwise."""
+        value = self._parse(name, default, float)
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ValueError(f"--input {self.text!r}: {name} must be a positive number [{unit}], got {value}")
+        return value
+
+    def integer(self, name: str, default: int) -> int:
+        value = self._parse(name, default, int)
+        if value < 0:
+            raise ValueError(f"--input {self.text!r}: {name} must not be negative, got {value}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.options.get(name, "false").lower()
+        if value not in ("true", "1", "yes", "", "false", "0", "no"):
+            raise ValueError(f"--input {self.text!r}: {name} must be true or false, got {value!r}")
+        return value in ("true", "1", "yes", "")
+
+    def _parse(self, name: str, default: Any, kind: Callable[[str], Any]) -> Any:
+        if name not in self.options:
+            return default
+        try:
+            return kind(self.options[name])
+        except ValueError:
+            raise ValueError(
+                f"--input {self.text!r}: {name} must be a number, got {self.options[name]!r}"
+            ) from None

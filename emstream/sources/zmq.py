@@ -1,0 +1,145 @@
+"""ZeroMQ: ``tcp://host:port`` (SUB, live) and ``pull+tcp://host:port`` (PULL, lossless).
+
+Speaks the native format and array-1.0. Options: ``topic`` to subscribe to one topic
+only (``topic=raw`` of another emstream), ``bind=true`` for cameras that connect.
+
+A message's pixels go from ZeroMQ straight into their row of the ring: one copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import numpy as np
+import zmq
+
+from emstream import wire
+from emstream.errors import MalformedFrame, SourceError
+from emstream.frame import FrameHeader
+from emstream.intake import Intake
+from emstream.sources import Url
+
+log = logging.getLogger(__name__)
+
+QUEUE_FRAMES = 64  # kept by ZeroMQ before the ring takes them
+_POLL_MS = 100  # how soon a stop is noticed
+
+
+def from_url(url: Url) -> ZmqSource:
+    url.expect("topic", "bind")
+    kind, _, transport = url.parts.scheme.rpartition("+")
+    if transport == "tcp":
+        try:
+            port = url.parts.port
+        except ValueError:
+            port = None
+        if not url.parts.hostname or not port:
+            raise ValueError(f"--input {url.text!r}: expected tcp://HOST:PORT")
+    elif not url.path:
+        raise ValueError(f"--input {url.text!r}: expected ipc://PATH")
+    return ZmqSource(
+        f"{transport}://{url.parts.netloc}{url.parts.path}",
+        lossless=kind == "pull",
+        topic=url.options.get("topic", ""),
+        bind=url.flag("bind"),
+    )
+
+
+class ZmqSource:
+    """Receives from one camera; a camera that goes away is waited for."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        lossless: bool = False,
+        topic: str = "",
+        bind: bool = False,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self._socket = (context or zmq.Context.instance()).socket(zmq.PULL if lossless else zmq.SUB)
+        self._socket.rcvhwm = QUEUE_FRAMES
+        self._socket.linger = 0
+        self._socket.maxmsgsize = wire.DEFAULT_MAX_FRAME_BYTES
+        if not lossless:
+            self._socket.subscribe(topic)
+        try:
+            if bind:
+                self._socket.bind(endpoint)
+            else:
+                self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            hint = "the address is in use" if error.errno == zmq.EADDRINUSE else error.strerror
+            raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
+        self.endpoint: str = self._socket.last_endpoint.decode().rstrip("\0")
+
+    def run(self, intake: Intake, stop: threading.Event) -> None:
+        self._socket.maxmsgsize = intake.max_frame_bytes
+        try:
+            while not stop.is_set():
+                if self._socket.poll(_POLL_MS):
+                    self._receive(intake)
+            # What the queue holds by now has been received, too.
+            for _ in range(QUEUE_FRAMES):
+                if not self._socket.poll(0):
+                    break
+                self._receive(intake)
+        finally:
+            self._socket.close()
+
+    def _receive(self, intake: Intake) -> None:
+        """Take one message off the socket, whatever it holds."""
+        try:
+            header = self._read_header(intake)
+        except MalformedFrame as error:
+            self._discard()
+            intake.malformed(str(error))
+            return
+        if header is None:
+            self._discard()
+            return
+        row = intake.offer(header)
+        if row is None:
+            self._discard()
+            return
+        nbytes = self._socket.recv_into(_bytes_of(row))
+        surplus = self._discard()
+        if nbytes != header.nbytes:
+            intake.refuse("payload and header disagree about the frame's size")
+        elif surplus:
+            intake.refuse("message has parts after the pixels")
+        else:
+            intake.accept()
+
+    def _read_header(self, intake: Intake) -> FrameHeader | None:
+        """Read up to the pixels; None for a message that is whole without any."""
+        part = self._socket.recv()
+        if part[:1] != b"{":  # not array-1.0: what came is the topic
+            if not self._socket.rcvmore:
+                raise MalformedFrame("message of one part is neither native nor array-1.0")
+            part = self._socket.recv()
+        message = wire.unpack(part)
+        htype = message.get("htype")
+        if htype in (wire.START, wire.END):
+            intake.mark(message)
+            return None
+        if htype == wire.STATS:
+            return None
+        header = wire.header_of(message, intake.max_frame_bytes)
+        if not self._socket.rcvmore:
+            raise MalformedFrame("message has a header but no pixels")
+        return header
+
+    def _discard(self) -> int:
+        """Forget what is left of the message; returns how many parts that were."""
+        parts = 0
+        while self._socket.rcvmore:
+            self._socket.recv_into(bytearray())
+            parts += 1
+        return parts
+
+
+def _bytes_of(row: np.ndarray) -> memoryview:
+    return memoryview(row.reshape(-1).view(np.uint8))
