@@ -1,29 +1,65 @@
-"""Checkpoint -> ONNX engine: ``python -m train.export RUN/best.pt engines/unet32.onnx``.
+"""Checkpoint -> engine: ``python -m train.export RUN/best.pt engines/unet32.onnx --test data/test``.
 
-The graph takes raw counts (B, H, W) of any H and W and returns expected counts
-(B, H, W): it pads to the network's multiple and crops back by itself. Batch norms
-are folded into the convolutions. What the network is for travels in the file as
-ONNX metadata, one entry per field of the card.
+Writes three files side by side: NAME.onnx (for OpenVINO and TensorRT), NAME.pt2 (for
+PyTorch) and NAME.md, the model card for people. What the network is for travels in
+both model files.
+
+The ONNX graph takes raw counts (B, H, W) of any H and W and returns expected counts
+(B, H, W): it pads to the network's multiple and crops back by itself. Batch norms are
+folded into the convolutions.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from emstream.inference.card import EngineCard
+from train import models
+from train.dataset import SAMPLING_A, Images
+from train.evaluate import VIEW_PX, evaluate
 from train.models.unet import MULTIPLE_PX, BiasFreeBatchNorm, DoubleConv
+from train.noise import DOSE_RANGE, PAPER_DOSE
+
+SMALLEST_PX = 2 * MULTIPLE_PX  # torch.export will not believe in a size of one multiple
+LARGEST_PX = 512 * MULTIPLE_PX
 
 
 @torch.no_grad()
 def fold_norms(network: nn.Module) -> None:
     """Multiply each batch norm's gain into the convolution before it, and drop the norm."""
-    for block in [m for m in network.modules() if isinstance(m, DoubleConv)]:
+    for block in [module for module in network.modules() if isinstance(module, DoubleConv)]:
         for place, module in enumerate(block):
             if isinstance(module, BiasFreeBatchNorm):
                 gain = module.weight * torch.rsqrt(module.running_var + module.eps)
                 block[place - 1].weight.mul_(gain[:, None, None, None])
                 block[place] = nn.Identity()
+
+
+@torch.enable_grad()
+def field_of_view_px(network: nn.Module) -> int:
+    """Side of the square of input pixels that can move one output pixel, for the widest output pixel."""
+    twin = type(network)(2).double().eval()
+    for parameter in twin.parameters():
+        nn.init.constant_(parameter, 0.1)
+    centre, widest = 256, 0
+    for phase in range(MULTIPLE_PX):
+        x = torch.ones(1, 1, 2 * centre, 2 * centre, dtype=torch.float64, requires_grad=True)
+        twin(x)[0, 0, centre + phase, centre + phase].backward()
+        assert x.grad is not None
+        widest = max(widest, int((x.grad[0, 0] != 0).any(dim=0).sum()))
+    return widest
 
 
 class CountsToIntensity(nn.Module):
@@ -40,18 +76,110 @@ class CountsToIntensity(nn.Module):
         return self.network(x)[:, 0, :height, :width]
 
 
-def to_onnx(network: nn.Module, path: str) -> None:
-    """Write `network` (folded, in eval mode) as an ONNX file with free batch, height and width."""
-    torch.onnx.export(
-        CountsToIntensity(network).eval(),
-        (torch.zeros(1, 64, 64),),
-        path,
-        dynamo=False,
-        opset_version=17,
-        input_names=["counts"],
-        output_names=["expected_counts"],
-        dynamic_axes={
-            "counts": {0: "batch", 1: "height", 2: "width"},
-            "expected_counts": {0: "batch", 1: "height", 2: "width"},
-        },
+def write_onnx(network: nn.Module, path: Path, card: EngineCard) -> None:
+    """Write `network` (folded, in eval mode) as ONNX with free batch, height and width."""
+    axes = {0: "batch", 1: "height", 2: "width"}
+    with warnings.catch_warnings():
+        # The newer exporter refuses the padding of a free size; this one warns that it is the older.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            CountsToIntensity(network).eval(), (torch.zeros(1, 64, 64),), str(path), dynamo=False,
+            opset_version=17, input_names=["counts"], output_names=["expected_counts"],
+            dynamic_axes={"counts": axes, "expected_counts": axes},
+        )  # fmt: skip
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, card.to_metadata())
+    onnx.save(model, path)
+
+
+def write_pt2(network: nn.Module, path: Path, card: EngineCard) -> None:
+    """Write `network` (folded, in eval mode) as a torch.export program for sizes that are multiples of 16."""
+    sizes = [
+        MULTIPLE_PX * torch.export.Dim(axis, min=SMALLEST_PX // MULTIPLE_PX, max=LARGEST_PX // MULTIPLE_PX)
+        for axis in ("rows", "columns")
+    ]
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    program = torch.export.export(
+        network.eval(), (torch.zeros(2, 1, 64, 96),), dynamic_shapes=({0: batch, 2: sizes[0], 3: sizes[1]},)
     )
+    torch.export.save(program, path, extra_files={"card.json": json.dumps(card.to_metadata())})
+
+
+def score(network: nn.Module, test: Path) -> dict[str, Any]:
+    """Test-set figures of the network in float32 at 0.45 electrons/pixel."""
+    images = Images(test)
+
+    @torch.no_grad()
+    def denoise(counts: np.ndarray) -> np.ndarray:
+        return network(torch.from_numpy(counts)[None, None])[0, 0].numpy()
+
+    views = (images.central_views(VIEW_PX, [index])[0, 0].numpy() for index in range(len(images)))
+    views = tqdm(views, total=len(images), unit="image", desc="test")
+    return evaluate({"noisy": lambda counts: counts, "network": denoise}, views, PAPER_DOSE)
+
+
+def model_card(card: EngineCard, scores: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    network, noisy = scores["network"], scores["noisy"]
+    return f"""# {card.name}
+
+{card.architecture}, {card.parameters:,} parameters, field of view {card.field_of_view_px} px,
+bias-free: {"yes" if card.bias_free else "no"}. Files: `{card.name}.onnx` (OpenVINO), `{card.name}.pt2` (PyTorch).
+
+- **Input** electron counts (B, H, W), any size; **output** expected electrons per pixel, float32.
+- **Trained for** {card.dose_range[0]}-{card.dose_range[1]} electrons/pixel/frame, pixels of {card.sampling_pm} pm,
+  Pt on CeO2 in [110], 300 kV, thickness 3-6 nm, tilt up to 4 degrees, defocus 0-20 nm, any in-plane rotation.
+- **Training** {card.trained}.
+- **Test** on {network["images"]} images of specimens it has not seen, {PAPER_DOSE} electrons/pixel, peak 1 electron, float32:
+  PSNR {network["psnr_db"]} +- {network["psnr_sd"]} dB, SSIM {network["ssim"]} +- {network["ssim_sd"]}
+  (the noisy frames: {noisy["psnr_db"]} +- {noisy["psnr_sd"]} dB, {noisy["ssim"]}).
+- **Not for** specimens unlike these: outside its training a network invents the structure it knows.
+  A single column on the surface is the hardest case; look at the raw counts, too.
+- **Trained from** commit {card.commit} by `python -m train.fit` and written by `python -m train.export`.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output", type=Path, help="NAME.onnx")
+    parser.add_argument("--test", type=Path, required=True, help="made by train.simulate, of unseen seeds")
+    parser.add_argument("--data", default="", help="what it was trained on, in words")
+    parser.add_argument("--hardware", default="", help="and on what")
+    arguments = parser.parse_args()
+    if arguments.output.suffix != ".onnx":
+        parser.error(f"output must end in .onnx, got {arguments.output}")
+
+    state = torch.load(arguments.checkpoint, weights_only=True)
+    recipe = state["recipe"]
+    network = getattr(models, recipe["network"])(recipe["base"])
+    network.load_state_dict(state["network"])
+    network.eval()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    field_px = field_of_view_px(network)
+    fold_norms(network)
+    scores = score(network, arguments.test)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    card = EngineCard(
+        name=arguments.output.stem,
+        architecture=f"{recipe['network']}, {recipe['base']} base channels, four scales",
+        parameters=parameters,
+        field_of_view_px=field_px,
+        bias_free=True,
+        dose_range=DOSE_RANGE,
+        sampling_pm=100 * SAMPLING_A,
+        psnr_db=scores["network"]["psnr_db"],
+        ssim=scores["network"]["ssim"],
+        trained=f"{arguments.data or recipe['train']}; {state['step']} steps of {recipe['batch']} crops of "
+        f"{recipe['crop_px']} px in {state['spent_s'] / 3600:.2f} h{arguments.hardware and ' on ' + arguments.hardware}, "
+        f"AdamW at {recipe['learning_rate']} with a cosine schedule, EMA {0.999}",
+        commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+    )
+    write_onnx(network, arguments.output, card)
+    write_pt2(network, arguments.output.with_suffix(".pt2"), card)
+    arguments.output.with_suffix(".md").write_text(model_card(card, scores))
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Measurements, each a command: ``python -m bench.NAME --help``.
+
+throughput.py   the transport against a bare pyzmq relay
+engines.py      the same network in OpenVINO, ONNX Runtime and PyTorch
+latency.py      scheduled send to a subscriber's receipt, stage by stage, at several loads
+rig.py          the processes around a service under test
+report.py       tables and files in results/
+"""

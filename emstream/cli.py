@@ -1,0 +1,312 @@
+"""The commands. Each imports what it needs when it runs, so that ``--help`` is instant.
+
+Exit codes: 0 done, 1 failed at run time, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from emstream.errors import EmstreamError
+from emstream.intake import Overrun
+
+
+class _Group(TyperGroup):
+    """Turns our errors into a line of text and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EmstreamError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except ValueError as error:
+            typer.echo(f"error: {error}\nTry 'emstream {ctx.invoked_subcommand} --help'.", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Denoise electron-microscope frames while the specimen is in the beam.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
+EnginePath = Annotated[
+    str | None, typer.Option("--engine", metavar="PATH", help="Model file. [default: the one that ships]")
+]
+Rate = Annotated[float, typer.Option(help="Frames per second.")]
+Dose = Annotated[float, typer.Option(help="Electrons per pixel and frame in vacuum.")]
+Height = Annotated[int, typer.Option(help="Frame height [px].")]
+Width = Annotated[int, typer.Option(help="Frame width [px].")]
+Seed = Annotated[int, typer.Option(help="Same seed, same frames.")]
+Frames = Annotated[int | None, typer.Option(help="Stop after this many published frames.")]
+Gain = Annotated[float, typer.Option(help="ADU per electron, for cameras that do not count.")]
+Offset = Annotated[float, typer.Option(help="ADU without any electron.")]
+Precision = Annotated[str | None, typer.Option(help="bf16 or f32. [default: the fastest this CPU has]")]
+Threads = Annotated[int | None, typer.Option(help="Cores for the engine. [default: all]")]
+ViewHost = Annotated[str, typer.Option(help="Address the live page listens on.")]
+ViewPort = Annotated[int, typer.Option(help="Port of the live page; 0 picks a free one.")]
+
+
+@app.callback()
+def _setup(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every rejected frame.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    if version:
+        import emstream
+
+        typer.echo(emstream.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    frames: Frames = None,
+    rate: Rate = 10.0,
+    dose: Dose = 0.45,
+    height: Height = 512,
+    width: Width = 512,
+    seed: Seed = 0,
+    engine: EnginePath = None,
+    output: Annotated[str, typer.Option(help="Publish here, too.")] = "tcp://127.0.0.1:*",
+    headless: Annotated[bool, typer.Option("--headless", help="No live page.")] = False,
+    view_port: ViewPort = 8080,
+    as_json: Json = False,
+) -> None:
+    """Simulated camera, service and live page in one go.
+
+    Example: **emstream demo --frames 100 --rate 5 --headless --json**
+    """
+    from emstream.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        rate=rate, dose=dose, height=height, width=width, seed=seed, frames=frames, engine=engine,
+        output=output, view=None if headless else ("127.0.0.1", view_port),
+    )  # fmt: skip
+
+    def ready(url: str | None) -> None:
+        if url:
+            typer.echo(f"live page: {url}   (Ctrl-C ends the demo)", err=True)
+
+    _print_report(run_demo(settings, on_ready=ready), as_json)
+
+
+@app.command()
+def serve(
+    input: Annotated[str, typer.Option(metavar="URL", help="The camera: tcp://, pull+tcp://, file://, sim://")],
+    engine: EnginePath = None,
+    output: Annotated[str, typer.Option(help="Endpoint to publish on.")] = "tcp://127.0.0.1:5556",
+    max_batch: Annotated[int | None, typer.Option(help="Frames per batch. [default: the engine's best]")] = None,
+    max_wait_ms: Annotated[float, typer.Option(help="Longest a batch's first frame waits for company.")] = 0.0,
+    overrun: Annotated[
+        Overrun, typer.Option(help="What gives way when frames come too fast.")
+    ] = Overrun.drop_oldest,
+    slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 8,
+    frames: Frames = None,
+    gain: Gain = 1.0,
+    offset: Offset = 0.0,
+    precision: Precision = None,
+    threads: Threads = None,
+    max_frame_mib: Annotated[int, typer.Option(help="Larger frames are rejected [MiB].")] = 256,
+    view: Annotated[bool, typer.Option("--view", help="Serve the live page, too.")] = False,
+    view_host: ViewHost = "127.0.0.1",
+    view_port: ViewPort = 8080,
+    as_json: Json = False,
+) -> None:
+    """The service: frames in, denoised frames out, until the input ends or Ctrl-C.
+
+    Example: **emstream serve --input tcp://camera:5555 --output tcp://127.0.0.1:5556**
+    """
+    from contextlib import ExitStack
+
+    from emstream.serve import Service, Settings
+    from emstream.serve import serve as run
+
+    settings = Settings(
+        input=input, output=output, engine=engine, precision=precision, threads=threads,
+        max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
+        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, frames=frames,
+    )  # fmt: skip
+    log = logging.getLogger("emstream.serve")
+    with ExitStack() as stack:
+
+        def ready(service: Service) -> None:
+            log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
+            log.info("engine %s on %s", service.engine.name, service.engine.device)
+            if view:
+                from emstream.view import ViewServer
+
+                page = ViewServer(service.publisher.endpoint, view_host, view_port)
+                page.start()
+                stack.callback(page.stop)
+                log.info("live page: %s", page.url)
+
+        _print_report(run(settings, on_ready=ready), as_json)
+
+
+@app.command()
+def camera(
+    output: Annotated[str, typer.Option(help="Endpoint to send on.")] = "tcp://127.0.0.1:5555",
+    rate: Rate = 40.0,
+    dose: Dose = 0.45,
+    height: Height = 512,
+    width: Width = 512,
+    seed: Seed = 0,
+    frames: Annotated[int | None, typer.Option(help="Stop after this many frames. [default: Ctrl-C]")] = None,
+    push: Annotated[bool, typer.Option("--push", help="Lossless (PUSH), for pull+tcp:// inputs.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Start with the first subscriber.")] = False,
+    gap: Annotated[float, typer.Option(help="Fault: probability that a frame is never sent.")] = 0.0,
+    reorder: Annotated[float, typer.Option(help="Fault: probability that a frame is sent late.")] = 0.0,
+    corrupt: Annotated[float, typer.Option(help="Fault: probability that a message is damaged.")] = 0.0,
+    resize_every: Annotated[int, typer.Option(help="Fault: frames between changes of size.")] = 0,
+    stall_every: Annotated[int, typer.Option(help="Fault: frames between pauses.")] = 0,
+    stall_s: Annotated[float, typer.Option(help="Length of a pause [s].")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """A simulated camera: a moving specimen, fresh Poisson noise, exact pacing.
+
+    Example: **emstream camera --output tcp://127.0.0.1:5555 --rate 40 --dose 0.45 --frames 400**
+    """
+    import threading
+
+    from emstream.camera import CameraSettings, Faults, run_camera
+    from emstream.serve import stop_on_signals
+
+    settings = CameraSettings(
+        output=output, rate=rate, dose=dose, height=height, width=width, seed=seed, frames=frames,
+        push=push, wait=wait,
+        faults=Faults(
+            gap=gap, reorder=reorder, corrupt=corrupt, resize_every=resize_every,
+            stall_every=stall_every, stall_s=stall_s,
+        ),
+    )  # fmt: skip
+    stop = threading.Event()
+    log = logging.getLogger("emstream.camera")
+    with stop_on_signals(stop.set):
+        report = run_camera(settings, stop, on_ready=lambda endpoint: log.info("camera on %s", endpoint))
+    _print_report(report, as_json)
+
+
+@app.command()
+def view(
+    input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
+    host: ViewHost = "127.0.0.1",
+    port: ViewPort = 8080,
+) -> None:
+    """The live page of a running service: raw beside denoised.
+
+    Example: **emstream view --input tcp://127.0.0.1:5556 --port 8080**
+    """
+    import threading
+
+    from emstream.serve import stop_on_signals
+    from emstream.view import ViewServer
+
+    page = ViewServer(input, host, port)
+    page.start()
+    typer.echo(f"live page: {page.url}   (Ctrl-C ends it)", err=True)
+    stop = threading.Event()
+    try:
+        with stop_on_signals(stop.set):
+            while not stop.wait(0.5):
+                pass
+    finally:
+        page.stop()
+
+
+@app.command()
+def denoise(
+    input: Annotated[Path, typer.Argument(metavar="IN", help=".npy .tif .h5 .mrc, one frame or a movie.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy .tif .h5 .mrc")],
+    engine: EnginePath = None,
+    dataset: Annotated[str | None, typer.Option(help="Which dataset of an HDF5 file.")] = None,
+    gain: Gain = 1.0,
+    offset: Offset = 0.0,
+    precision: Precision = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Denoise a file: electron counts in, expected electrons out.
+
+    Example: **emstream denoise noisy.tif clean.tif**
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from emstream.denoise import denoise_file
+    from emstream.inference import load_engine
+
+    loaded = load_engine(engine, precision=precision, threads=threads)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(input.name, total=None)
+        report = denoise_file(
+            input, output, loaded, gain=gain, offset=offset, dataset=dataset,
+            on_frame=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    if not report["in_domain"]:
+        typer.echo(
+            f"warning: {report['dose']:.3g} electrons/pixel is outside the engine's dose range; "
+            "if these are ADU, give --gain and --offset",
+            err=True,
+        )
+    _print_report(report, as_json)
+
+
+@app.command()
+def info(
+    engine: Annotated[Path | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")] = None,
+    as_json: Json = False,
+) -> None:
+    """What an engine is: network, training domain, precision, device.
+
+    Example: **emstream info engines/unet32.onnx**
+    """
+    from dataclasses import asdict
+
+    from emstream.inference import load_engine
+
+    loaded = load_engine(engine)
+    card = asdict(loaded.card) if loaded.card else {}
+    _print_report({**card, **loaded.identity}, as_json)
+
+
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, value in report.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{key} {_text(each)}" for key, each in value.items() if not isinstance(each, dict))
+        table.add_row(name, _text(value))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """The ``emstream`` command."""
+    app()
