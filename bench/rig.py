@@ -4,7 +4,7 @@
 
     camera ──PUSH──▶ service or relay ──XPUB──▶ subscriber
        ▲                                            │
-       └───── PUSH: how many frames have come ◀─────┘
+       └───────── PUSH: frame n has come ◀──────────┘
 
 The camera sends the start of a series again and again until the subscriber says that it
 heard: from then on the whole line is connected and no frame can be lost to a slow joiner.
@@ -182,6 +182,7 @@ class Camera:
 
     def __init__(self, size: int, kind: str) -> None:
         context = zmq.Context.instance()
+        self._epoch_ns = epoch_ns()
         self._header = {
             "htype": wire.FRAME,
             "source": SOURCE,
@@ -197,83 +198,74 @@ class Camera:
         self._output.sndtimeo = _PATIENCE_MS
         self._output.linger = _PATIENCE_MS
         self._output.bind(ANYWHERE)
-        self._counts = context.socket(zmq.PULL)
-        self._counts.bind(ANYWHERE)
+        self._receipts = context.socket(zmq.PULL)
+        self._receipts.bind(ANYWHERE)
         self.endpoint: str = self._output.last_endpoint.decode().rstrip("\0")
-        self.counts_endpoint: str = self._counts.last_endpoint.decode().rstrip("\0")
-        self.arrived = 0
+        self.receipts_endpoint: str = self._receipts.last_endpoint.decode().rstrip("\0")
+        self._arrived = 0
 
     def greet(self) -> None:
         """Return as soon as the whole line hears."""
         deadline = time.monotonic() + _PATIENCE_MS / 1000
         while time.monotonic() < deadline:
             self._mark(wire.START)
-            if self._counts.poll(50):
+            if self._receipts.poll(50):
                 return
         raise RuntimeError("the subscriber never heard of the series")
 
-    def send(self, number: int, scheduled_ns: int = 0, wait: bool = True) -> bool:
-        """Send frame `number`; `scheduled_ns` is on the monotonic clock. False when the queue is full."""
+    def send(self, number: int, *, scheduled_ns: int | None = None, receipt: bool = False) -> None:
+        """Send frame `number`, due at `scheduled_ns` [monotonic clock], now by default; ask for a `receipt`."""
+        scheduled_ns = time.monotonic_ns() if scheduled_ns is None else scheduled_ns
         header = {
             **self._header,
             "frame": number,
-            "timestamp_ns": now_ns() if not scheduled_ns else scheduled_ns + _EPOCH_NS,
+            "timestamp_ns": scheduled_ns + self._epoch_ns,
             "scheduled_ns": scheduled_ns,
+            "receipt": receipt,
         }
         try:
-            self._output.send(DENOISED, zmq.SNDMORE if wait else zmq.SNDMORE | zmq.DONTWAIT)
+            self._output.send(DENOISED, zmq.SNDMORE)
         except zmq.Again:
-            if wait:
-                raise RuntimeError(f"nobody took frame {number} within {_PATIENCE_MS / 1000:.0f} s") from None
-            return False
+            raise RuntimeError(f"nobody took frame {number} within {_PATIENCE_MS / 1000:.0f} s") from None
         self._output.send(msgpack.packb(header), zmq.SNDMORE)
         self._output.send(self._pixels[number % PATTERNS], copy=False)
+
+    def wait_arrived(self, number: int, patience_s: float = _PATIENCE_MS / 1000) -> bool:
+        """Wait for the receipt of frame `number` or a later one; False when none comes."""
+        while self._arrived <= number:
+            if not self._receipts.poll(round(1000 * patience_s)):
+                return False
+            self._arrived = max(self._arrived, _COUNT.unpack(self._receipts.recv())[0])
         return True
-
-    def wait_arrived(self, frames: int) -> None:
-        """Wait until the subscriber has got `frames` frames."""
-        while self.arrived < frames:
-            if not self._counts.poll(_PATIENCE_MS):
-                raise RuntimeError(f"no frame arrived for {_PATIENCE_MS / 1000:.0f} s, {self.arrived} had before")
-            self.hear()
-
-    def hear(self) -> None:
-        """Take the subscriber's counts that have come."""
-        while self._counts.poll(0):
-            self.arrived = max(self.arrived, _COUNT.unpack(self._counts.recv())[0])
 
     def end(self) -> None:
         self._mark(wire.END)
 
     def close(self) -> None:
         self._output.close()
-        self._counts.close(linger=0)
+        self._receipts.close(linger=0)
 
     def _mark(self, htype: str) -> None:
         self._output.send_multipart([DENOISED, wire.pack({"htype": htype, "source": SOURCE, "series": SERIES})])
 
 
-_EPOCH_NS = epoch_ns()
-
-
 class Subscriber:
-    """Receives what is published as ``denoised`` and tells the camera how many frames have come."""
+    """Receives what is published as ``denoised`` and gives the camera the receipts it asks for."""
 
-    def __init__(self, endpoint: str, counts_endpoint: str, tell_every: int) -> None:
+    def __init__(self, endpoint: str, receipts_endpoint: str) -> None:
         context = zmq.Context.instance()
         self._input = context.socket(zmq.SUB)
         self._input.rcvhwm = OUTPUT_QUEUE_FRAMES
         self._input.rcvtimeo = _PATIENCE_MS
         self._input.connect(endpoint)
         self._input.subscribe(DENOISED)
-        self._counts = context.socket(zmq.PUSH)
-        self._counts.connect(counts_endpoint)
-        self._counts.linger = 0
-        self._tell_every = tell_every
+        self._receipts = context.socket(zmq.PUSH)
+        self._receipts.connect(receipts_endpoint)
+        self._receipts.linger = 0
         self.arrived = 0
 
     def frames(self) -> Iterator[tuple[int, dict[str, Any], memoryview]]:
-        """(time of receipt [ns, monotonic], header, pixels) of each frame until the series ends."""
+        """(time of receipt [ns, monotonic clock], header, pixels) of each frame until the series ends."""
         while True:
             try:
                 parts = self._input.recv_multipart(copy=False)
@@ -284,16 +276,16 @@ class Subscriber:
             received_ns = time.monotonic_ns()
             header = msgpack.unpackb(parts[1].buffer)
             if header["htype"] == wire.START:
-                self._counts.send(_COUNT.pack(self.arrived))
+                self._receipts.send(_COUNT.pack(0))
             elif header["htype"] == wire.END:
                 if self.arrived:
                     return
             else:
                 self.arrived += 1
-                if self.arrived % self._tell_every == 0:
-                    self._counts.send(_COUNT.pack(self.arrived))
+                if header["receipt"]:
+                    self._receipts.send(_COUNT.pack(header["frame"] + 1))
                 yield received_ns, header, parts[2].buffer
 
     def close(self) -> None:
         self._input.close(linger=0)
-        self._counts.close()
+        self._receipts.close()

@@ -37,7 +37,7 @@ from emstream.sources.zmq import QUEUE_FRAMES as INPUT_QUEUE_FRAMES
 
 TARGET = 0.8  # emstream / relay, float32
 _SAFE_WINDOW = OUTPUT_QUEUE_FRAMES - (OUTPUT_QUEUE_FRAMES + 1) // 2 + 1
-_TELL_EVERY = 4
+_RECEIPT_EVERY = 4
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         arguments.frames, arguments.rounds, arguments.warmup = min(arguments.frames, 300), 1, 50
     if not 0 <= arguments.warmup < arguments.frames - 1:
         parser.error("--frames must be at least 2 more than --warmup")
-    if not _TELL_EVERY <= arguments.window <= _SAFE_WINDOW:
-        parser.error(f"--window must lie in {_TELL_EVERY}-{_SAFE_WINDOW}: more may overflow the output queue")
+    if not _RECEIPT_EVERY <= arguments.window <= _SAFE_WINDOW:
+        parser.error(f"--window must lie in {_RECEIPT_EVERY}-{_SAFE_WINDOW}: more may overflow the output queue")
 
     results = {**report.stamp("throughput", argv), "size": arguments.size, "window": arguments.window}
     plan = [
@@ -87,7 +87,7 @@ def measure(kind: str, middle: str, frames: int, warmup: int, size: int, window:
     """One round in three fresh processes."""
     with rig.Children() as children:
         camera = children.start(_camera, frames, size, kind, window)
-        endpoint, counts_endpoint = camera.answer()
+        endpoint, receipts_endpoint = camera.answer()
         if middle == "relay":
             between = children.start(_relay, endpoint)
             output = between.answer()
@@ -98,7 +98,7 @@ def measure(kind: str, middle: str, frames: int, warmup: int, size: int, window:
             between = children.start(rig.service, settings)
             output, _ = between.answer()
         cpu_s = between.cpu_s
-        subscriber = children.start(_subscriber, output, counts_endpoint, warmup)
+        subscriber = children.start(_subscriber, output, receipts_endpoint, warmup)
         found: dict[str, Any] = subscriber.answer(within_s=3600)
         cpu_s = between.cpu_s - cpu_s
         ledger = None
@@ -127,11 +127,13 @@ def measure(kind: str, middle: str, frames: int, warmup: int, size: int, window:
 
 def _camera(pipe: Connection, frames: int, size: int, kind: str, window: int) -> None:
     camera = rig.Camera(size, kind)
-    pipe.send((camera.endpoint, camera.counts_endpoint))
+    pipe.send((camera.endpoint, camera.receipts_endpoint))
     camera.greet()
     for number in range(frames):
-        camera.wait_arrived(number - window + 1)
-        camera.send(number)
+        if not camera.wait_arrived(number - window):
+            raise RuntimeError(f"frame {number - window} never arrived")
+        camera.send(number, receipt=number % _RECEIPT_EVERY == 0 or number == frames - 1)
+    camera.wait_arrived(frames - 1, patience_s=3)
     camera.end()
     camera.close()
 
@@ -150,8 +152,8 @@ def _relay(pipe: Connection, endpoint: str) -> None:
         send(receive(copy=False), copy=False)
 
 
-def _subscriber(pipe: Connection, endpoint: str, counts_endpoint: str, warmup: int) -> None:
-    subscriber = rig.Subscriber(endpoint, counts_endpoint, _TELL_EVERY)
+def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str, warmup: int) -> None:
+    subscriber = rig.Subscriber(endpoint, receipts_endpoint)
     first_ns = last_ns = wrong = 0
     for received_ns, header, pixels in subscriber.frames():
         number = header["frame"]

@@ -118,6 +118,7 @@ def serve(
         Overrun, typer.Option(help="What gives way when frames come too fast.")
     ] = Overrun.drop_oldest,
     slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 8,
+    queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
@@ -141,7 +142,7 @@ def serve(
     settings = Settings(
         input=input, output=output, engine=engine, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, frames=frames,
+        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     with ExitStack() as stack:

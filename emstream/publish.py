@@ -20,7 +20,7 @@ from emstream.ledger import Ledger
 from emstream.ring import SeriesMark, Slot
 
 DENOISED, RAW, STATS = b"denoised", b"raw", b"stats"
-QUEUE_FRAMES = 64  # messages kept for one lagging subscriber, then it loses frames
+DEFAULT_QUEUE = 64
 _DOSE_ROW_STEP = 8  # the dose is the mean over every eighth row: 0.004 electrons off at 512x512
 
 
@@ -33,16 +33,23 @@ class Publisher:
         ledger: Ledger,
         engine: Mapping[str, Any],
         dose_range: tuple[float, float] | None = None,
+        queue: int = DEFAULT_QUEUE,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
-        """Bind `endpoint`; `engine` {name, sha256, device} goes into every denoised header."""
+        """Bind `endpoint`.
+
+        `engine` {name, sha256, device} goes into every denoised header. A subscriber may lag
+        by `queue` messages before it loses some.
+        """
+        if queue < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 message, got {queue}")
         self._ledger = ledger
         self._engine = dict(engine)
         self._dose_range = dose_range
         self._open_series: tuple[str, int | str] | None = None
         self._subscribed: set[bytes] = set()
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
-        self._socket.sndhwm = QUEUE_FRAMES
+        self._socket.sndhwm = queue
         self._socket.linger = 2000
         try:
             self._socket.bind(endpoint)

@@ -64,6 +64,7 @@ class Slot:
     _expected: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
 
     def __len__(self) -> int:
+        """Frames committed; a slot without any is false."""
         return len(self.headers)
 
     @property
@@ -138,7 +139,7 @@ class Ring:
         """A row (H, W) to write the next frame into, or None when every slot is taken."""
         with self._changed:
             filling = self._filling
-            if filling and (filling.shape != shape or filling.dtype != dtype):
+            if filling is not None and (filling.shape != shape or filling.dtype != dtype):
                 self._close_filling()
                 filling = None
             if filling is None:
@@ -167,7 +168,7 @@ class Ring:
         """The reserved row stays unused."""
         with self._changed:
             self._writing = False
-            if self._filling and not len(self._filling):
+            if self._filling is not None and not len(self._filling):
                 self._release(self._filling)
                 self._filling = None
             self._changed.notify_all()
@@ -214,7 +215,7 @@ class Ring:
             while True:
                 wait_s: float | None = None
                 # A row being written announces itself by its commit.
-                if not self._waiting and self._filling and len(self._filling) and not self._writing:
+                if not self._waiting and self._filling and not self._writing:
                     wait_s = (self._filling.received_ns[0] + self._max_wait_ns - now_ns()) / 1e9
                     if wait_s <= 0:
                         self._close_filling()
@@ -244,7 +245,7 @@ class Ring:
     # -- both, lock held --------------------------------------------------------
 
     def _close_filling(self) -> None:
-        if self._filling and len(self._filling):
+        if self._filling:
             self._filling.state = State.READY
             self._waiting.append(self._filling)
             self._filling = None

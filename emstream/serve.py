@@ -19,7 +19,7 @@ from emstream.inference.engine import Engine
 from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
 from emstream.pipeline import Pipeline, Source
-from emstream.publish import Publisher
+from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.ring import Ring
 from emstream.sources import open_source
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
@@ -49,6 +49,8 @@ class Settings:
     gain: float = 1.0
     offset: float = 0.0
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
+    queue: int = DEFAULT_QUEUE
+    """Messages a subscriber may lag by before it loses some."""
     frames: int | None = None
     """Stop after this many published frames."""
 
@@ -96,7 +98,7 @@ def build(
     )
     source = source or open_source(settings.input)
     dose_range = engine.card.dose_range if engine.card else None
-    publisher = Publisher(settings.output, ledger, engine.identity, dose_range)
+    publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     pipeline = Pipeline(
         source=source,
         intake=intake,

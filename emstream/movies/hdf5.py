@@ -1,0 +1,114 @@
+""".h5: a dataset (N, H, W) or (H, W); what is known about it as attributes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from emstream.errors import FileFormatError
+from emstream.movies.movie import Stored
+
+NAMES = ("movie", "frames", "data", "images")
+_CACHE_NBYTES = 64 * 1024**2  # for chunks of several frames, which would be unpacked again for each
+_MAX_LISTED = 12
+
+
+def read(path: Path, dataset: str | None) -> Stored:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("hdf5plugin")  # with it, h5py reads bitshuffle, LZ4, Zstandard, ...
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(h5py.File(path, "r", rdcc_nbytes=_CACHE_NBYTES))
+        array = _named(path, file, dataset) if dataset else _only(path, file)
+        if array.shape is None:
+            raise FileFormatError(f"{path} has no frames: dataset {array.name} is empty")
+        _check_filters(path, array)
+        single = array.ndim == 2
+        size_m = _attribute(array, file, "pixel_size_m")
+        stored = Stored(
+            shape=array.shape,
+            dtype=array.dtype,
+            frame=lambda i: np.asarray(array[()] if single else array[i]),
+            close=file.close,
+            pixel_size_m=float(size_m) if isinstance(size_m, (int, float, np.number)) else None,
+            units=_text(_attribute(array, file, "units")),
+        )
+        stack.pop_all()
+    return stored
+
+
+def write(
+    part: Path,
+    path: Path,
+    frames: Iterator[np.ndarray],
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    about: Mapping[str, Any],
+) -> None:
+    """Write to `part`, which will be `path`; `about` becomes the dataset's attributes, maps as JSON."""
+    with h5py.File(part, "x") as file:
+        array = file.create_dataset(NAMES[0], shape, dtype, chunks=(1, *shape[1:]))
+        for name, value in about.items():
+            array.attrs[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
+        for i, frame in enumerate(frames):
+            array[i] = frame
+
+
+def _named(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        raise FileFormatError(f"{path} has no dataset {name!r}; it holds {_listing(_datasets(file))}")
+    return found
+
+
+def _only(path: Path, file: h5py.File) -> h5py.Dataset:
+    datasets = _datasets(file)
+    candidates = [one for one in datasets if one.dtype.kind in "buif" and one.shape and one.ndim in (2, 3)]
+    if len(candidates) > 1:
+        named = [one for one in candidates if one.name.rpartition("/")[2].lower() in NAMES]
+        if len(named) != 1:
+            raise FileFormatError(
+                f"{path} holds several movies; choose one as dataset: {_listing(candidates)}"
+            )
+        candidates = named
+    if not candidates:
+        raise FileFormatError(f"{path} holds no numeric 2-D or 3-D dataset, only {_listing(datasets)}")
+    return candidates[0]
+
+
+def _check_filters(path: Path, array: h5py.Dataset) -> None:
+    """Refuse a compression that this installation of HDF5 does not have."""
+    plan = array.id.get_create_plist()
+    for number, _, _, name in (plan.get_filter(i) for i in range(plan.get_nfilters())):
+        if not h5py.h5z.filter_avail(number):
+            name = name.decode("ascii", "replace") or f"filter {number}"
+            raise FileFormatError(f"{path} is compressed with {name}; pip install hdf5plugin")
+
+
+def _datasets(file: h5py.File) -> list[h5py.Dataset]:
+    found: list[h5py.Dataset] = []
+    file.visititems(lambda name, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def _listing(datasets: list[h5py.Dataset]) -> str:
+    lines = [f"{one.name} {one.shape} {one.dtype}" for one in datasets[:_MAX_LISTED]]
+    if len(datasets) > _MAX_LISTED:
+        lines.append(f"{len(datasets) - _MAX_LISTED} more")
+    return ", ".join(lines) or "nothing"
+
+
+def _attribute(array: h5py.Dataset, file: h5py.File, name: str) -> Any:
+    """Of the dataset, or else of the whole file."""
+    return array.attrs.get(name, file.attrs.get(name))
+
+
+def _text(value: Any) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return text if isinstance(text, str) else "electrons"

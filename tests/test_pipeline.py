@@ -1,0 +1,236 @@
+"""The whole path in one process: a real socket in, the real publisher out."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emstream import wire
+from emstream.inference import IdentityEngine
+from emstream.intake import Overrun
+from tests.conftest import exact, message
+
+
+def pixels(number: int, shape: tuple[int, int] = (32, 48), kind: str = "uint8") -> np.ndarray:
+    return np.full(shape, number % 100, kind)
+
+
+class GatedEngine(IdentityEngine):
+    """An identity engine that holds every batch until the test lets it go."""
+
+    best_batch = 2
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+
+    def collect(self, ticket: None) -> None:
+        self.entered.release()
+        assert self.gate.acquire(timeout=30)
+
+
+class FailingEngine(IdentityEngine):
+    """Raises on every third batch, half of the time while submitting."""
+
+    best_batch = 1
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def submit(self, counts: np.ndarray, expected: np.ndarray) -> int:  # type: ignore[override]
+        self.batches += 1
+        if self.batches % 6 == 0:
+            raise RuntimeError("submit")
+        super().submit(counts, expected)
+        return self.batches
+
+    def collect(self, ticket: int) -> None:  # type: ignore[override]
+        if ticket % 6 == 3:
+            raise RuntimeError("collect")
+
+
+def test_every_frame_comes_out_in_order_with_its_pixels(rig: Any) -> None:
+    run = rig({"frames": 50, "overrun": Overrun.block})
+    run.start()
+    for n in range(50):
+        run.camera.send_multipart(message(n, pixels(n, kind="uint16")))
+    run.join()
+    assert run.ledger == {"received": 50, "published": 50, "dropped": 0, "rejected": 0, "failed": 0,
+                          "in_flight": 0, "missing": 0}  # fmt: skip
+    published = run.published()
+    assert [head["frame"] for head, _ in published] == list(range(50))
+    assert all((data == head["frame"]).all() and data.dtype == np.float32 for head, data in published)
+
+
+def test_header_tells_what_happened_to_the_frame(rig: Any) -> None:
+    run = rig({"frames": 1})
+    run.start()
+    run.camera.send_multipart(message(7, pixels(7), timestamp_ns=1, pixel_size_m=6e-12, extra={"operator": "Ada"}))
+    run.join()
+    ((head, _),) = run.published()
+    stages = head["stages_ns"]
+    assert stages["received"] <= stages["batched"] <= stages["inferred"] <= stages["published"]
+    assert head["engine"]["name"] == "identity"
+    assert exact(head["ledger"])
+    assert (head["operator"], head["pixel_size_m"], head["timestamp_ns"]) == ("Ada", 6e-12, 1)
+
+
+def test_raw_frames_are_published_beside_the_denoised_ones(rig: Any) -> None:
+    run = rig({"frames": 3})
+    run.start()
+    for n in range(3):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.join()
+    by_topic: dict[bytes, list[int]] = {b"raw": [], b"denoised": []}
+    while run.out.poll(100):
+        parts = run.out.recv_multipart()
+        if len(parts) == 3:
+            by_topic[parts[0]].append(wire.unpack(parts[1])["frame"])
+            if parts[0] == b"raw":
+                assert parts[2] == pixels(by_topic[b"raw"][-1]).tobytes()
+    assert by_topic[b"raw"] == by_topic[b"denoised"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("policy", list(Overrun))
+def test_overload_leaves_an_exact_ledger_under_every_policy(rig: Any, policy: Overrun) -> None:
+    engine = GatedEngine()
+    run = rig({"overrun": policy, "slots": 4, "frames": None}, engine=engine)
+    run.start()
+    for n in range(100):
+        run.camera.send_multipart(message(n, pixels(n)))
+    if policy is not Overrun.block:
+        run.wait(lambda ledger: ledger["received"] == 100)
+    assert engine.entered.acquire(timeout=20)
+    assert exact(run.ledger)
+    for _ in range(200):
+        engine.gate.release()
+    ledger = run.wait(lambda ledger: ledger["received"] == 100 and ledger["in_flight"] == 0)
+    run.stop()
+    numbers = [head["frame"] for head, _ in run.published()]
+    assert numbers == sorted(numbers)
+    assert len(numbers) == ledger["published"]
+    assert ledger["published"] + ledger["dropped"] == 100
+    if policy is Overrun.block:
+        assert ledger["dropped"] == 0
+    elif policy is Overrun.drop_newest:
+        assert numbers[0] == 0
+        assert 99 not in numbers
+    else:
+        assert numbers[-1] == 99
+
+
+def test_stop_finishes_what_was_received(rig: Any) -> None:
+    engine = GatedEngine()
+    run = rig({"slots": 8, "overrun": Overrun.block}, engine=engine)
+    run.start()
+    for n in range(10):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.wait(lambda ledger: ledger["received"] == 10)
+    run.service.pipeline.stop()
+    for _ in range(10):
+        engine.gate.release()
+    run.join()
+    assert run.ledger["published"] == 10
+    assert run.ledger["in_flight"] == 0
+    assert len(run.published()) == 10
+
+
+def test_second_stop_drops_what_still_waits(rig: Any) -> None:
+    engine = GatedEngine()
+    run = rig({"slots": 8, "overrun": Overrun.block}, engine=engine)
+    run.start()
+    for n in range(10):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.wait(lambda ledger: ledger["received"] == 10)
+    run.service.pipeline.stop()
+    run.service.pipeline.stop()
+    for _ in range(10):
+        engine.gate.release()
+    run.join()
+    assert run.ledger["in_flight"] == 0
+    assert run.ledger["dropped"] > 0
+    assert exact(run.ledger)
+
+
+def test_frames_stops_after_exactly_that_many(rig: Any) -> None:
+    run = rig({"frames": 7})
+    run.start()
+    for n in range(50):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.join()
+    assert run.ledger["published"] == 7
+    assert run.ledger["in_flight"] == 0
+    assert exact(run.ledger)
+
+
+def test_engine_that_fails_costs_its_batch_and_nothing_else(rig: Any, caplog: Any) -> None:
+    run = rig({"overrun": Overrun.block}, engine=FailingEngine())
+    run.start()
+    for n in range(60):
+        run.camera.send_multipart(message(n, pixels(n)))
+    ledger = run.wait(lambda ledger: ledger["received"] == 60 and ledger["in_flight"] == 0)
+    assert (ledger["failed"], ledger["published"]) == (20, 40)
+    assert "engine failed on 1 frames" in caplog.text
+    assert [head["frame"] for head, _ in run.published()] == [n for n in range(60) if (n + 1) % 3]
+
+
+def test_frames_that_change_size_and_type_within_a_series_come_out_right(rig: Any) -> None:
+    shapes = [((32, 48), "uint8"), ((31, 17), "uint16"), ((64, 64), "float32"), ((1, 1), "int32")]
+    run = rig({"frames": 40, "overrun": Overrun.block})
+    run.start()
+    for n in range(40):
+        run.camera.send_multipart(message(n, pixels(n, *shapes[n // 3 % 4])))
+    run.join()
+    published = run.published()
+    assert [head["frame"] for head, _ in published] == list(range(40))
+    for head, data in published:
+        assert data.shape == shapes[head["frame"] // 3 % 4][0]
+        assert (data == head["frame"]).all()
+
+
+def test_series_are_bracketed_by_start_and_end(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    for series in ("first", "second"):
+        run.camera.send_multipart([b"raw", wire.pack({"htype": wire.START, "source": "test", "series": series, "user": 1})])
+        for n in range(3):
+            run.camera.send_multipart(message(n, pixels(n), series=series))
+        if series == "first":
+            run.camera.send_multipart([b"raw", wire.pack({"htype": wire.END, "source": "test", "series": series})])
+    run.wait(lambda ledger: ledger["published"] == 6)
+    run.stop()
+    run.service.close()
+    seen = []
+    while run.out.poll(100):
+        parts = run.out.recv_multipart()
+        head = wire.unpack(parts[1])
+        if parts[0] == b"denoised":
+            seen.append((head["htype"].split("-")[1], head["series"]))
+    expected = []
+    for series in ("first", "second"):
+        expected += [("start", series), *[("frame", series)] * 3, ("end", series)]
+    assert seen == expected
+
+
+def test_dose_outside_the_engines_range_is_flagged_in_the_header(rig: Any, engine_path: Any) -> None:
+    run = rig({"engine": engine_path, "frames": 2, "overrun": Overrun.block})
+    run.start()
+    run.camera.send_multipart(message(0, np.ones((64, 64), np.uint8)))
+    run.camera.send_multipart(message(1, np.full((64, 64), 3000, np.uint16)))
+    run.join()
+    (first, _), (second, _) = run.published()
+    assert (first["dose"], first["in_domain"]) == (1.0, True)
+    assert (second["dose"], second["in_domain"]) == (3000.0, False)
+
+
+def test_thread_that_dies_ends_the_service_with_its_error(rig: Any) -> None:
+    class Broken:
+        def run(self, intake: Any, stop: threading.Event) -> None:
+            raise RuntimeError("sensor on fire")
+
+    run = rig(source=Broken())
+    with pytest.raises(Exception, match="sensor on fire"):
+        run.service.pipeline.run()

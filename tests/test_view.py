@@ -1,0 +1,488 @@
+"""The live page's server, fed by a real pipeline and read by real websocket clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from emstream import wire
+from emstream.errors import OutputError, SourceError
+from emstream.frame import Frame, FrameHeader
+from emstream.inference import EngineCard, IdentityEngine
+from emstream.intake import Overrun
+from emstream.serve import Settings, build
+from emstream.view import ViewServer
+from emstream.view import server as view_server
+from emstream.view.server import PERCENTILES, Painter, Pair, Receiver, Scale, shrink
+
+DEADLINE_S = 20
+SHAPE = (48, 64)
+CARD = EngineCard(
+    name="identity",
+    architecture="none",
+    parameters=0,
+    field_of_view_px=1,
+    bias_free=True,
+    dose_range=(1.0, 3.0),
+    sampling_pm=6.2,
+    psnr_db=0.0,
+    ssim=0.0,
+    trained="not at all",
+    commit="none",
+)
+
+
+def counts(number: int, shape: tuple[int, int] = SHAPE, dose: float = 2.0) -> np.ndarray:
+    """The frame that the camera sends as `number` [electrons]."""
+    return np.random.default_rng(number).poisson(dose, shape).astype(np.uint8)
+
+
+class Camera:
+    """A ZeroMQ camera behind a pipeline with the identity engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output = f"ipc://{folder}/output"
+        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.linger = 0
+        self._socket.bind(f"ipc://{folder}/camera")
+        settings = Settings(
+            input=f"pull+ipc://{folder}/camera", output=self.output, engine="identity", overrun=Overrun.block
+        )
+        engine = IdentityEngine()
+        engine.card = CARD
+        self._service = build(settings, engine=engine)
+        self._thread = threading.Thread(target=self._service.pipeline.run)
+        self._thread.start()
+
+    def send(self, number: int, pixels: np.ndarray | None = None, **extra: Any) -> None:
+        pixels = counts(number) if pixels is None else pixels
+        header = FrameHeader(number, pixels.shape, pixels.dtype.name, source="camera", series=7, extra=extra)
+        self._socket.send_multipart([b"raw", wire.pack(wire.map_of(header)), pixels.tobytes()])
+
+    def close(self) -> None:
+        self._service.pipeline.stop()
+        self._thread.join()
+        self._service.publisher.close(linger_s=0)
+        self._service.engine.close()
+        self._socket.close()
+
+
+@pytest.fixture
+def camera(tmp_path: Path) -> Iterator[Camera]:
+    camera = Camera(tmp_path)
+    yield camera
+    camera.close()
+
+
+@pytest.fixture
+def view(camera: Camera) -> Iterator[ViewServer]:
+    with ViewServer(camera.output, port=0) as view:
+        yield view
+
+
+class Viewer:
+    """What the page does: take a message, acknowledge it, take the next."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    def take(self) -> tuple[dict[str, Any], np.ndarray | None]:
+        """The next message: its header and, if it has any, the pixels (2, h, w) of raw and denoised."""
+        message = self._connection.recv(timeout=DEADLINE_S)
+        assert isinstance(message, bytes)
+        length = int.from_bytes(message[:4], "little")
+        header, pixels = json.loads(message[4 : 4 + length]), message[4 + length :]
+        if "shape" not in header:
+            assert not pixels
+            return header, None
+        return header, np.frombuffer(pixels, np.uint8).reshape(2, *header["shape"])
+
+    def acknowledge(self) -> None:
+        self._connection.send("shown")
+
+    def until(self, **wanted: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Acknowledge messages up to one whose header says `wanted`; that one is not acknowledged yet."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            header, pixels = self.take()
+            if all(header.get(key) == value for key, value in wanted.items()):
+                return header, pixels
+            assert time.monotonic() < deadline, f"never saw {wanted}; last was {header}"
+            self.acknowledge()
+
+
+@contextmanager
+def watching(view: ViewServer) -> Iterator[Viewer]:
+    """A viewer whose page is open and whose server has found its emstream."""
+    address = view.url.removeprefix("http://").rstrip("/")
+    with connect(f"ws://{address}/live", origin=f"http://{address}", max_size=None) as connection:
+        viewer = Viewer(connection)
+        # The statistics come last of the topics, so from here on no frame is missed.
+        viewer.until(serving=True)
+        viewer.acknowledge()
+        yield viewer
+
+
+def status_of(view: ViewServer, path: str = "/", host: str | None = None) -> tuple[int, str, bytes]:
+    """Status, content type and body of a page asked for under the name `host`."""
+    client = http.client.HTTPConnection(view.host, view.port, timeout=DEADLINE_S)
+    try:
+        client.request("GET", path, headers={"Host": host or f"{view.host}:{view.port}"})
+        response = client.getresponse()
+        return response.status, response.headers.get("Content-Type", ""), response.read()
+    finally:
+        client.close()
+
+
+def refused(view: ViewServer, *, host: str | None = None, origin: str | None) -> int:
+    """With which status /live turns a websocket away."""
+    name = host or f"{view.host}:{view.port}"
+    with (
+        socket.create_connection((view.host, view.port), timeout=DEADLINE_S) as to_view,
+        pytest.raises(InvalidStatus) as refusal,
+        connect(f"ws://{name}/live", sock=to_view, origin=origin),
+    ):
+        pass
+    return refusal.value.response.status_code
+
+
+def undone(pixels: np.ndarray, scale: dict[str, float]) -> np.ndarray:
+    """Grey values turned back into electrons."""
+    return scale["low"] + pixels.astype(np.float64) * (scale["high"] - scale["low"]) / 255
+
+
+def assert_shows(pixels: np.ndarray, scale: dict[str, float], source: np.ndarray) -> None:
+    """`pixels` are `source`, cut at the scale's ends and rounded to one of 256 greys."""
+    half_a_grey = (scale["high"] - scale["low"]) / 510
+    np.testing.assert_allclose(
+        undone(pixels, scale), np.clip(source, scale["low"], scale["high"]), atol=half_a_grey * 1.001
+    )
+
+
+# -- frames ---------------------------------------------------------------------
+
+
+def test_viewer_gets_the_very_pixels_of_a_pair(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(3)
+        header, pixels = viewer.until(frame=3)
+    assert pixels is not None
+    assert header["shape"] == header["frame_shape"] == list(SHAPE)
+    assert_shows(pixels[0], header["raw"], counts(3))
+    assert_shows(pixels[1], header["denoised"], counts(3))
+
+
+def test_header_tells_where_a_frame_comes_from_and_how_long_it_took(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(0)
+        header, _ = viewer.until(frame=0)
+    assert (header["state"], header["source"], header["series"]) == ("live", "camera", 7)
+    assert header["engine"] == {"name": "identity", "device": "none"}
+    assert header["ledger"]["received"] == header["ledger"]["published"] == 1
+    assert header["dose"] == pytest.approx(counts(0)[::8].mean(), abs=1e-3)
+    assert header["in_domain"] is True
+    stages = dict(header["latency_ms"])
+    assert stages.pop("total") == pytest.approx(sum(stages.values()), abs=0.01)
+    assert min(stages.values()) >= 0
+
+
+def test_dose_outside_the_engines_range_is_flagged(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(0, counts(0, dose=9.0))
+        header, _ = viewer.until(frame=0)
+    assert header["in_domain"] is False
+    assert header["dose"] > 3
+
+
+def test_slow_viewer_is_sent_the_newest_frame_and_no_backlog(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as slow, watching(view) as fast:
+        camera.send(0)
+        slow.until(frame=0)
+        for number in range(1, 21):
+            camera.send(number)
+        fast.until(frame=20)
+        slow.acknowledge()
+        header, pixels = slow.take()
+    assert header["frame"] == 20
+    assert pixels is not None
+    assert_shows(pixels[0], header["raw"], counts(20))
+
+
+def test_two_viewers_see_the_same_picture_painted_once(
+    camera: Camera, view: ViewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painted: list[int] = []
+    paint = Painter.paint
+
+    def counted(painter: Painter, pair: Pair) -> view_server.Picture:
+        painted.append(pair.raw.number)
+        return paint(painter, pair)
+
+    monkeypatch.setattr(Painter, "paint", counted)
+    with watching(view) as one, watching(view) as other:
+        for number in range(5):
+            camera.send(number)
+            (_, first), (_, second) = one.until(frame=number), other.until(frame=number)
+            assert first is not None and second is not None
+            np.testing.assert_array_equal(first, second)
+            one.acknowledge()
+            other.acknowledge()
+    assert painted == list(range(5))
+
+
+def test_viewer_that_leaves_does_not_disturb_the_others(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as staying:
+        with watching(view):
+            camera.send(0)
+        staying.until(frame=0)
+        staying.acknowledge()
+        camera.send(1)
+        staying.until(frame=1)
+
+
+def test_viewer_hears_that_no_frame_has_come_and_from_where(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/nobody"
+    with ViewServer(endpoint, port=0) as view:
+        address = view.url.removeprefix("http://").rstrip("/")
+        with connect(f"ws://{address}/live", origin=f"http://{address}") as connection:
+            header, pixels = Viewer(connection).take()
+    assert pixels is None
+    assert (header["state"], header["serving"], header["input"]) == ("waiting", False, endpoint)
+
+
+def test_viewer_hears_when_frames_stop_and_when_they_go_on(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(0)
+        viewer.until(frame=0)
+        viewer.acknowledge()
+        header, _ = viewer.until(state="quiet")
+        assert header["serving"] and header["quiet_s"] >= 2 and header["frames_per_s"] == 0
+        viewer.acknowledge()
+        camera.send(1)
+        header, _ = viewer.until(frame=1)
+        assert header["state"] == "live"
+
+
+def test_frames_larger_than_the_screen_are_averaged_down(camera: Camera, view: ViewServer) -> None:
+    pixels = counts(1, shape=(1030, 2060))
+    with watching(view) as viewer:
+        camera.send(1, pixels)
+        header, shown = viewer.until(frame=1)
+    assert shown is not None
+    assert (header["frame_shape"], header["shape"]) == ([1030, 2060], [515, 1030])
+    averaged = pixels.reshape(515, 2, 1030, 2).mean(axis=(1, 3))
+    assert_shows(shown[0], header["raw"], averaged)
+
+
+def test_header_that_the_camera_stuffed_with_nonsense_is_shown_without_it(
+    camera: Camera, view: ViewServer
+) -> None:
+    nonsense = {"dose": b"\xff", "in_domain": "yes", "latency_ms": float("nan"), "input": "elsewhere"}
+    with watching(view) as viewer:
+        camera.send(0, **nonsense)
+        header, _ = viewer.until(frame=0)
+    assert header["input"] == camera.output
+    assert isinstance(header["dose"], float)
+
+
+# -- the page and who may see it -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "words"),
+    [
+        ("/", "text/html", b"<canvas"),
+        ("/page.css", "text/css", b"canvas"),
+        ("/page.js", "text/javascript", b"/"),
+    ],
+)
+def test_page_and_its_files_are_served(view: ViewServer, path: str, kind: str, words: bytes) -> None:
+    status, content_type, body = status_of(view, path)
+    assert status == 200
+    assert content_type.startswith(kind)
+    assert words in body
+
+
+def test_page_asks_nobody_else_for_anything(view: ViewServer) -> None:
+    _, _, html = status_of(view)
+    _, _, css = status_of(view, "/page.css")
+    _, _, script = status_of(view, "/page.js")
+    addresses = re.findall(r"""\w+://[^\s"']*|url\([^)]*|@import""", (html + css + script).decode())
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_loopback_names_are_answered(view: ViewServer, host: str) -> None:
+    assert status_of(view, host=f"{host}:{view.port}")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/page.js"])
+def test_other_host_names_are_refused(view: ViewServer, path: str) -> None:
+    assert status_of(view, path, host="evil.example")[0] == 400
+
+
+def test_websocket_under_another_host_name_is_refused(view: ViewServer) -> None:
+    name = f"evil.example:{view.port}"
+    assert refused(view, host=name, origin=f"http://{name}") == 400
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://127.0.0.1:1", "null", None])
+def test_websocket_from_another_page_is_refused(view: ViewServer, origin: str | None) -> None:
+    assert refused(view, origin=origin) == 403
+
+
+# -- start and stop --------------------------------------------------------------
+
+
+def test_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OutputError, match=f"127.0.0.1:{port}: the port is in use; .*--port"):
+            ViewServer(f"ipc://{tmp_path}/nobody", port=port).start()
+    assert threading.active_count() == before
+
+
+def test_address_of_another_machine_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"192\.0\.2\.1:0: .*--host"):
+        ViewServer(f"ipc://{tmp_path}/nobody", host="192.0.2.1", port=0).start()
+
+
+def test_port_that_cannot_be_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="port must lie in 0-65535, got 70000"):
+        ViewServer("tcp://127.0.0.1:5556", port=70000)
+
+
+def test_endpoint_that_makes_no_sense_is_a_source_error_and_frees_the_port() -> None:
+    view = ViewServer("nonsense", port=0)
+    with pytest.raises(SourceError, match="cannot subscribe to nonsense"):
+        view.start()
+
+
+def test_port_is_free_again_after_stop_even_with_a_viewer_watching(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/nobody"
+    with ExitStack() as stack:
+        view = ViewServer(endpoint, port=0)
+        view.start()
+        address = view.url.removeprefix("http://").rstrip("/")
+        viewer = Viewer(stack.enter_context(connect(f"ws://{address}/live", origin=f"http://{address}")))
+        viewer.take()
+        view.stop()
+        with ViewServer(endpoint, port=view.port) as again:
+            assert status_of(again)[0] == 200
+
+
+# -- pairs, scales, averages ------------------------------------------------------
+
+
+def published(topic: str, number: int, **extra: Any) -> list[zmq.Frame]:
+    """A message as the publisher sends it."""
+    pixels = counts(number).astype(np.float32 if topic == "denoised" else np.uint8)
+    header = FrameHeader(number, pixels.shape, pixels.dtype.name, extra=extra)
+    return [zmq.Frame(part) for part in (topic.encode(), wire.pack(wire.map_of(header)), pixels.tobytes())]
+
+
+def received(*messages: list[zmq.Frame]) -> Receiver:
+    receiver = Receiver("ipc:///nobody")
+    for message in messages:
+        receiver._receive(message)
+    return receiver
+
+
+def test_frames_of_different_numbers_are_never_paired() -> None:
+    receiver = received(
+        published("raw", 1), published("denoised", 1), published("raw", 2), published("denoised", 3)
+    )
+    assert receiver.newest is not None
+    assert receiver.newest.raw.number == receiver.newest.denoised.number == 1
+
+
+def test_denoised_frame_whose_raw_one_was_lost_is_not_shown() -> None:
+    assert received(published("denoised", 0)).newest is None
+
+
+def test_rate_is_the_published_one_though_frames_are_lost_on_the_way() -> None:
+    messages = []
+    for number in (0, 10, 40, 80):
+        header = {"ledger": {"published": number + 1}, "stages_ns": {"published": number * 25_000_000}}
+        messages += [published("raw", number), published("denoised", number, **header)]
+    assert received(*messages).status()["frames_per_s"] == pytest.approx(40)
+
+
+def test_rate_begins_again_with_a_new_run_of_the_service() -> None:
+    messages = [
+        published("denoised", number, ledger={"published": count}, stages_ns={"published": at_ns})
+        for number, count, at_ns in [(0, 500, 1), (1, 501, 2), (0, 1, 1_000_000_000), (1, 2, 1_100_000_000)]
+    ]
+    assert received(*messages).status()["frames_per_s"] == pytest.approx(10)
+
+
+images = hnp.arrays(
+    st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64]),
+    hnp.array_shapes(min_dims=2, max_dims=2),
+)
+
+
+@given(images)
+def test_grey_scale_takes_any_pixels_and_keeps_their_order(image: np.ndarray) -> None:
+    scale = Scale()
+    scale.follow(image, 0)
+    grey = scale.grey(image)
+    assert (grey.dtype, grey.shape) == (np.uint8, image.shape)
+    assert np.isfinite([scale.low, scale.high]).all() and scale.high > scale.low
+    ordered = np.isfinite(image.astype(np.float64)) & (np.abs(image.astype(np.float64)) < 1e30)
+    order = np.argsort(image[ordered], kind="stable")
+    assert (np.diff(grey[ordered][order].astype(int)) >= 0).all()
+
+
+def test_grey_scale_ends_at_the_percentiles() -> None:
+    image = np.linspace(-5, 5, 10_001).reshape(73, 137)
+    scale = Scale()
+    scale.follow(image, 0)
+    np.testing.assert_allclose([scale.low, scale.high], np.percentile(image, PERCENTILES), atol=1e-6)
+    assert_shows(scale.grey(image), {"low": scale.low, "high": scale.high}, image)
+
+
+def test_grey_scale_follows_a_brighter_image_within_a_second_but_not_at_once() -> None:
+    scale = Scale()
+    dark, bright = np.array([[0.0, 1.0]]), np.array([[0.0, 10.0]])
+    scale.follow(dark, 0)
+    scale.follow(bright, 25_000_000)
+    assert 1 < scale.high < 2.5
+    for tick in range(2, 41):
+        scale.follow(bright, tick * 25_000_000)
+    assert scale.high == pytest.approx(10, abs=0.5)
+
+
+@given(st.integers(1, 3000), st.integers(1, 60))
+def test_shrinking_keeps_the_mean_and_never_yields_an_empty_image(rows: int, columns: int) -> None:
+    image = np.full((rows, columns), 3, np.uint16)
+    small = shrink(image)
+    assert small.size and (small == 3).all()
+
+
+def test_new_series_gets_a_scale_of_its_own() -> None:
+    painter = Painter()
+    dim, bright = (Frame(FrameHeader(0, SHAPE, "uint8"), counts(0, dose=dose)) for dose in (1.0, 50.0))
+    bright.header = replace(bright.header, series=1)
+    painter.paint(Pair(dim, dim, 0))
+    high = painter.paint(Pair(bright, bright, 1)).header["raw"]["high"]
+    assert high > 50

@@ -1,0 +1,178 @@
+"""Whatever comes over the socket: counted, never fatal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emstream import wire
+from emstream.errors import SourceError
+from emstream.intake import Overrun
+from emstream.sources import open_source
+from emstream.sources.zmq import ZmqSource
+from tests.conftest import exact, message
+
+GOOD = np.arange(6, dtype=np.uint8).reshape(2, 3)
+
+
+def head(**change: Any) -> bytes:
+    fields = {"htype": wire.FRAME, "frame": 0, "shape": [2, 3], "type": "uint8", "series": 1, "source": "test"}
+    return wire.pack(fields | change)
+
+
+BAD = {
+    "one part of garbage": [b"\x00\xff garbage"],
+    "an empty message": [b""],
+    "garbage where the header should be": [b"raw", b"\xc1\xc1", b"123456"],
+    "a header that is a list": [b"raw", wire.pack([1, 2]), b"123456"],  # type: ignore[arg-type]
+    "a header that lies about its shape": [b"raw", head(shape=[200, 300]), b"123456"],
+    "a claim of ten gigabytes": [b"raw", head(shape=[100_000, 100_000]), b"123456"],
+    "a payload one byte short": [b"raw", head(), b"12345"],
+    "a payload one byte long": [b"raw", head(), b"1234567"],
+    "an empty payload": [b"raw", head(), b""],
+    "no payload": [b"raw", head()],
+    "a part too many": [b"raw", head(), b"123456", b"more"],
+    "an unknown type": [b"raw", head(type="float128"), b"123456"],
+    "a compressed payload": [b"raw", head(encoding="bslz4"), b"123456"],
+    "a huge header": [b"raw", head(note="x" * 100_000), b"123456"],
+    "pickle": [b"\x80\x04K\x01."],
+    "JSON that is not array-1.0": [b'{"htype": "other"}', b"123456"],
+    "broken JSON": [b'{"htype": ', b"123456"],
+    "a denoised frame": [b"denoised", head(engine={"name": "x"}), b"123456"],
+    "NaN pixels": [b"raw", head(type="float32"), np.full((2, 3), np.nan, np.float32).tobytes()],
+}
+
+
+def test_every_kind_of_bad_message_is_rejected_and_the_service_lives_on(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    for n, parts in enumerate(BAD.values()):
+        run.camera.send_multipart(parts)
+        run.camera.send_multipart(message(n, GOOD))
+    ledger = run.wait(lambda ledger: ledger["published"] == len(BAD))
+    assert ledger["rejected"] == len(BAD)
+    assert exact(ledger)
+    run.stop()
+    assert all((data == GOOD).all() for _, data in run.published())
+    assert sum(run.service.ledger.reasons().values()) == len(BAD)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.binary(max_size=80) | st.just(head()) | st.just(b"123456"), min_size=1, max_size=5))
+def test_random_messages_never_upset_the_count(rig: Any, parts: list[bytes]) -> None:
+    if not hasattr(rig, "shared"):
+        rig.shared = rig({"overrun": Overrun.block})
+        rig.shared.start()
+        rig.sent = 0
+    rig.shared.camera.send_multipart(parts)
+    rig.sent += 1
+    ledger = rig.shared.wait(lambda ledger: ledger["received"] == rig.sent and ledger["in_flight"] == 0)
+    assert ledger["published"] + ledger["rejected"] == rig.sent
+
+
+def test_array_1_0_frames_are_understood(rig: Any) -> None:
+    run = rig({"frames": 2, "overrun": Overrun.block})
+    run.start()
+    for n, spelling in enumerate(("endianness", "endianess")):
+        text = {"htype": "array-1.0", "shape": [2, 3], "type": "uint16", spelling: "big", "frame": n,
+                "source": "areaDetector", "encoding": "", "timeStamp": 1.5, "ndattr": {"gain": 2}}  # fmt: skip
+        run.camera.send_multipart([json.dumps(text).encode(), GOOD.astype(">u2").tobytes()])
+    run.join()
+    published = run.published()
+    assert [pixels.tolist() for _, pixels in published] == [GOOD.tolist()] * 2
+    assert published[0][0]["ndattr"] == {"gain": 2}
+
+
+def test_empty_array_1_0_part_of_a_skipped_frame_is_rejected(rig: Any) -> None:
+    run = rig()
+    run.start()
+    text = {"htype": "array-1.0", "shape": [2, 3], "type": "uint8", "frame": 0, "source": "x"}
+    run.camera.send_multipart([json.dumps(text).encode(), b""])
+    ledger = run.wait(lambda ledger: ledger["received"] == 1 and ledger["in_flight"] == 0)
+    assert ledger["rejected"] == 1
+
+
+def test_gaps_in_the_cameras_numbers_are_missing(rig: Any) -> None:
+    run = rig()
+    run.start()
+    for n in (0, 1, 5, 6):
+        run.camera.send_multipart(message(n, GOOD))
+    assert run.wait(lambda ledger: ledger["published"] == 4)["missing"] == 3
+
+
+def test_camera_that_dies_and_comes_back_is_received_again(rig: Any, context: Any, tmp_path: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    address = run.camera.last_endpoint.decode().rstrip("\0")
+    for n in range(5):
+        run.camera.send_multipart(message(n, GOOD, series="before"))
+    run.wait(lambda ledger: ledger["published"] == 5)
+    run.camera.close()
+    run.camera = context.socket(zmq.PUSH)
+    run.camera.linger = 0
+    run.camera.bind(address)
+    for n in range(5):
+        run.camera.send_multipart(message(n, GOOD, series="after"))
+    ledger = run.wait(lambda ledger: ledger["published"] == 10)
+    assert ledger["missing"] == 0
+    assert exact(ledger)
+
+
+def test_live_source_subscribes(context: Any, tmp_path: Any, rig: Any) -> None:
+    camera = context.socket(zmq.XPUB)
+    camera.linger = 0
+    camera.bind(f"ipc://{tmp_path}/live")
+    run = rig({"input": f"ipc://{tmp_path}/live?topic=raw", "frames": 3})
+    run.start()
+    assert camera.recv() == b"\1raw"
+    camera.send_multipart([b"stats", wire.pack({"htype": wire.STATS})])
+    for n in range(3):
+        camera.send_multipart(message(n, GOOD))
+    run.join()
+    camera.close()
+    assert run.ledger["rejected"] == 0
+
+
+def test_binding_source_takes_a_camera_that_connects(context: Any, tmp_path: Any, rig: Any) -> None:
+    run = rig({"input": f"pull+ipc://{tmp_path}/bound?bind=true", "frames": 1})
+    run.start()
+    camera = context.socket(zmq.PUSH)
+    camera.linger = 0
+    camera.connect(f"ipc://{tmp_path}/bound")
+    camera.send_multipart(message(0, GOOD))
+    run.join()
+    camera.close()
+    assert run.ledger["published"] == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("camera:5555", "scheme must be one of tcp"),
+        ("http://localhost:80", "scheme must be one of tcp"),
+        ("tcp://localhost", "expected tcp://HOST:PORT"),
+        ("tcp://localhost:99999", "expected tcp://HOST:PORT"),
+        ("tcp://localhost:5555?rate=4", "unknown option rate; known: topic, bind"),
+        ("tcp://localhost:5555?bind=maybe", "bind must be true or false"),
+        ("sim://?rate=-1", "rate must be a positive number \\[frames/s\\], got -1"),
+        ("sim://?dose=lots", "dose must be a number, got 'lots'"),
+        ("sim://?height=-3", "height must not be negative"),
+    ],
+)
+def test_senseless_input_is_explained(url: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        open_source(url)
+
+
+def test_input_address_in_use_is_explained(context: Any, tmp_path: Any) -> None:
+    taken = context.socket(zmq.PULL)
+    port = taken.bind_to_random_port("tcp://127.0.0.1")
+    with pytest.raises(SourceError, match="address is in use"):
+        ZmqSource(f"tcp://127.0.0.1:{port}", lossless=True, bind=True, context=context)
+    taken.close()
