@@ -19,6 +19,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from emstream.errors import EmstreamError
 from emstream.frame import now_ns
 from emstream.inference.engine import Engine
 from emstream.intake import Intake, Source
@@ -71,7 +72,7 @@ class Pipeline:
         self._stopping.set()
 
     def run(self) -> None:
-        """Run to the end. Re-raises what a thread died of."""
+        """Run to the end. Raises EmstreamError when a thread died before its time."""
         receive, infer, publish = (
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"))
             for work in (self._receive, self._infer, self._publish)
@@ -82,8 +83,11 @@ class Pipeline:
         for thread in (receive, infer, publish):
             while thread.is_alive():
                 thread.join(timeout=0.2)
-        if self._fault:
+        if isinstance(self._fault, EmstreamError):
             raise self._fault
+        if self._fault is not None:
+            cause = f"{type(self._fault).__name__}: {self._fault}"
+            raise EmstreamError(f"the pipeline broke down, which it never should: {cause}") from self._fault
 
     @property
     def frames_per_s(self) -> float | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from emstream import wire
+from emstream.errors import EmstreamError
 from emstream.inference import IdentityEngine
 from emstream.intake import Overrun
 from tests.conftest import exact, message
@@ -232,5 +233,5 @@ def test_thread_that_dies_ends_the_service_with_its_error(rig: Any) -> None:
             raise RuntimeError("sensor on fire")
 
     run = rig(source=Broken())
-    with pytest.raises(Exception, match="sensor on fire"):
+    with pytest.raises(EmstreamError, match="RuntimeError: sensor on fire"):
         run.service.pipeline.run()

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +23,14 @@ from hypothesis.extra import numpy as hnp
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from emstream import wire
 from emstream.errors import OutputError, SourceError
 from emstream.frame import Frame, FrameHeader
 from emstream.inference import EngineCard, IdentityEngine
 from emstream.intake import Overrun
-from emstream.serve import Settings, build
 from emstream.view import ViewServer
 from emstream.view import server as view_server
 from emstream.view.server import PERCENTILES, Painter, Pair, Receiver, Scale, shrink
+from tests.conftest import Rig, message
 
 DEADLINE_S = 20
 SHAPE = (48, 64)
@@ -56,40 +55,24 @@ def counts(number: int, shape: tuple[int, int] = SHAPE, dose: float = 2.0) -> np
 
 
 class Camera:
-    """A ZeroMQ camera behind a pipeline with the identity engine."""
+    """A camera in front of a running service with the identity engine."""
 
-    def __init__(self, folder: Path) -> None:
-        self.output = f"ipc://{folder}/output"
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.linger = 0
-        self._socket.bind(f"ipc://{folder}/camera")
-        settings = Settings(
-            input=f"pull+ipc://{folder}/camera", output=self.output, engine="identity", overrun=Overrun.block
-        )
-        engine = IdentityEngine()
-        engine.card = CARD
-        self._service = build(settings, engine=engine)
-        self._thread = threading.Thread(target=self._service.pipeline.run)
-        self._thread.start()
+    def __init__(self, run: Rig) -> None:
+        self._run = run
+        self.output = run.service.publisher.endpoint
 
-    def send(self, number: int, pixels: np.ndarray | None = None, **extra: Any) -> None:
+    def send(self, number: int, pixels: np.ndarray | None = None, **fields: Any) -> None:
         pixels = counts(number) if pixels is None else pixels
-        header = FrameHeader(number, pixels.shape, pixels.dtype.name, source="camera", series=7, extra=extra)
-        self._socket.send_multipart([b"raw", wire.pack(wire.map_of(header)), pixels.tobytes()])
-
-    def close(self) -> None:
-        self._service.pipeline.stop()
-        self._thread.join()
-        self._service.publisher.close(linger_s=0)
-        self._service.engine.close()
-        self._socket.close()
+        self._run.camera.send_multipart(message(number, pixels, **fields))
 
 
 @pytest.fixture
-def camera(tmp_path: Path) -> Iterator[Camera]:
-    camera = Camera(tmp_path)
-    yield camera
-    camera.close()
+def camera(rig: Callable[..., Rig]) -> Camera:
+    engine = IdentityEngine()
+    engine.card = CARD
+    run = rig({"overrun": Overrun.block}, engine=engine)
+    run.start()
+    return Camera(run)
 
 
 @pytest.fixture
@@ -192,9 +175,9 @@ def test_viewer_gets_the_very_pixels_of_a_pair(camera: Camera, view: ViewServer)
 
 def test_header_tells_where_a_frame_comes_from_and_how_long_it_took(camera: Camera, view: ViewServer) -> None:
     with watching(view) as viewer:
-        camera.send(0)
+        camera.send(0, source="microscope", series=7)
         header, _ = viewer.until(frame=0)
-    assert (header["state"], header["source"], header["series"]) == ("live", "camera", 7)
+    assert (header["state"], header["source"], header["series"]) == ("live", "microscope", 7)
     assert header["engine"] == {"name": "identity", "device": "none"}
     assert header["ledger"]["received"] == header["ledger"]["published"] == 1
     assert header["dose"] == pytest.approx(counts(0)[::8].mean(), abs=1e-3)
@@ -241,7 +224,8 @@ def test_two_viewers_see_the_same_picture_painted_once(
         for number in range(5):
             camera.send(number)
             (_, first), (_, second) = one.until(frame=number), other.until(frame=number)
-            assert first is not None and second is not None
+            assert first is not None
+            assert second is not None
             np.testing.assert_array_equal(first, second)
             one.acknowledge()
             other.acknowledge()
@@ -274,7 +258,9 @@ def test_viewer_hears_when_frames_stop_and_when_they_go_on(camera: Camera, view:
         viewer.until(frame=0)
         viewer.acknowledge()
         header, _ = viewer.until(state="quiet")
-        assert header["serving"] and header["quiet_s"] >= 2 and header["frames_per_s"] == 0
+        assert header["serving"]
+        assert header["quiet_s"] >= 2
+        assert header["frames_per_s"] == 0
         viewer.acknowledge()
         camera.send(1)
         header, _ = viewer.until(frame=1)
@@ -297,7 +283,7 @@ def test_header_that_the_camera_stuffed_with_nonsense_is_shown_without_it(
 ) -> None:
     nonsense = {"dose": b"\xff", "in_domain": "yes", "latency_ms": float("nan"), "input": "elsewhere"}
     with watching(view) as viewer:
-        camera.send(0, **nonsense)
+        camera.send(0, extra=nonsense)
         header, _ = viewer.until(frame=0)
     assert header["input"] == camera.output
     assert isinstance(header["dose"], float)
@@ -395,15 +381,14 @@ def test_port_is_free_again_after_stop_even_with_a_viewer_watching(tmp_path: Pat
 
 def published(topic: str, number: int, **extra: Any) -> list[zmq.Frame]:
     """A message as the publisher sends it."""
-    pixels = counts(number).astype(np.float32 if topic == "denoised" else np.uint8)
-    header = FrameHeader(number, pixels.shape, pixels.dtype.name, extra=extra)
-    return [zmq.Frame(part) for part in (topic.encode(), wire.pack(wire.map_of(header)), pixels.tobytes())]
+    _, head, pixels = message(number, counts(number), extra=extra)
+    return [zmq.Frame(part) for part in (topic.encode(), head, pixels.tobytes())]
 
 
 def received(*messages: list[zmq.Frame]) -> Receiver:
     receiver = Receiver("ipc:///nobody")
-    for message in messages:
-        receiver._receive(message)
+    for parts in messages:
+        receiver._receive(parts)
     return receiver
 
 
@@ -447,7 +432,7 @@ def test_grey_scale_takes_any_pixels_and_keeps_their_order(image: np.ndarray) ->
     scale.follow(image, 0)
     grey = scale.grey(image)
     assert (grey.dtype, grey.shape) == (np.uint8, image.shape)
-    assert np.isfinite([scale.low, scale.high]).all() and scale.high > scale.low
+    assert -np.inf < scale.low < scale.high < np.inf
     ordered = np.isfinite(image.astype(np.float64)) & (np.abs(image.astype(np.float64)) < 1e30)
     order = np.argsort(image[ordered], kind="stable")
     assert (np.diff(grey[ordered][order].astype(int)) >= 0).all()
@@ -476,7 +461,8 @@ def test_grey_scale_follows_a_brighter_image_within_a_second_but_not_at_once() -
 def test_shrinking_keeps_the_mean_and_never_yields_an_empty_image(rows: int, columns: int) -> None:
     image = np.full((rows, columns), 3, np.uint16)
     small = shrink(image)
-    assert small.size and (small == 3).all()
+    assert small.size
+    assert (small == 3).all()
 
 
 def test_new_series_gets_a_scale_of_its_own() -> None:

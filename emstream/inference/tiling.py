@@ -1,7 +1,7 @@
 """Frames larger than a tile: cut with an overlap, denoise, blend.
 
 Neighbouring tiles share at least half the network's field of view, and a linear ramp
-across the shared pixels blends them, so that no seam shows.
+across the middle of what they share blends them, so that no seam shows.
 """
 
 from __future__ import annotations
@@ -16,42 +16,49 @@ import numpy as np
 from emstream.inference.engine import Engine
 
 TILE_PX = 1024
-_MULTIPLE_PX = 16  # tiles that need no padding inside the network
+_MULTIPLE_PX = 16  # of the coarsest scale of the networks
 
 
 @lru_cache(maxsize=32)
-def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, tuple[int, ...]]:
-    """Cover `length` pixels with equal tiles of at most `tile`, neighbours sharing at least `overlap`.
+def tile_spans(length: int, tile: int, overlap: int) -> tuple[tuple[int, int], ...]:
+    """Cover `length` pixels with spans (start, stop) of at most `tile`, neighbours sharing at least `overlap`.
 
-    Returns the tile's length and where each tile starts.
+    Spans start at multiples of 16, so that the network's pooling falls on the same pixels
+    as without tiles, and all but the last are equally long.
     """
     if length <= tile:
-        return length, (0,)
+        return ((0, length),)
     count = math.ceil((length - overlap) / (tile - overlap))
-    size = math.ceil((length + (count - 1) * overlap) / count / _MULTIPLE_PX) * _MULTIPLE_PX
-    size = min(size, tile)
-    return size, tuple(round(i * (length - size) / (count - 1)) for i in range(count))
+    step = math.ceil((length - tile) / (count - 1) / _MULTIPLE_PX) * _MULTIPLE_PX
+    step = min(step, (tile - overlap) // _MULTIPLE_PX * _MULTIPLE_PX)
+    count = math.ceil((length - tile) / step) + 1
+    return tuple((i * step, min(i * step + tile, length)) for i in range(count))
 
 
 @lru_cache(maxsize=32)
-def ramp(size: int, starts: tuple[int, ...], length: int) -> tuple[np.ndarray, ...]:
-    """The weight of each tile along one axis; over all tiles they add up to 1 at every pixel."""
-    weights = []
-    for i, start in enumerate(starts):
-        weight = np.ones(size, np.float32)
-        for j, side in ((i - 1, 0), (i + 1, 1)):
-            if 0 <= j < len(starts):
-                shared = size - abs(starts[j] - start)
-                rise = (np.arange(shared, dtype=np.float32) + 0.5) / shared
-                if side == 0:
-                    weight[:shared] = np.minimum(weight[:shared], rise)
-                else:
-                    weight[size - shared :] = np.minimum(weight[size - shared :], rise[::-1])
+def ramp(spans: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, ...]:
+    """The weight of each span's pixels; over all spans they add up to 1 at every pixel.
+
+    Of the pixels that two spans share, the outer quarters belong to the span that sees
+    farther beyond them; only the middle half is blended.
+    """
+    length = spans[-1][1]
+    weights, total = [], np.zeros(length, np.float32)
+    for i, (start, stop) in enumerate(spans):
+        position = np.arange(start, stop, dtype=np.float32) + 0.5
+        weight = np.ones(stop - start, np.float32)
+        if i > 0:
+            weight = np.minimum(weight, _rise(position, start, spans[i - 1][1]))
+        if i + 1 < len(spans):
+            weight = np.minimum(weight, 1 - _rise(position, spans[i + 1][0], stop))
         weights.append(weight)
-    total = np.zeros(length, np.float32)
-    for start, weight in zip(starts, weights, strict=True):
-        total[start : start + size] += weight
-    return tuple(w / total[s : s + size] for s, w in zip(starts, weights, strict=True))
+        total[start:stop] += weight
+    return tuple(weight / total[start:stop] for (start, stop), weight in zip(spans, weights, strict=True))
+
+
+def _rise(position: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """0 in the first quarter of start-stop, 1 in the last, linear between; a step when they share nothing."""
+    return np.clip(2 * (position - start) / max(stop - start, 1e-6) - 0.5, 0, 1)
 
 
 @dataclass
@@ -97,16 +104,14 @@ class TiledEngine(Engine):
 
     def _blend(self, counts: np.ndarray, expected: np.ndarray) -> None:
         """Denoise one frame (H, W), tile by tile."""
-        height, rows = tile_starts(counts.shape[0], self._tile_px, self._overlap_px)
-        width, columns = tile_starts(counts.shape[1], self._tile_px, self._overlap_px)
-        row_weights = ramp(height, rows, counts.shape[0])
-        column_weights = ramp(width, columns, counts.shape[1])
+        rows = tile_spans(counts.shape[0], self._tile_px, self._overlap_px)
+        columns = tile_spans(counts.shape[1], self._tile_px, self._overlap_px)
         expected.fill(0)
-        done = np.empty((1, height, width), np.float32)
-        for y, down in zip(rows, row_weights, strict=True):
-            for x, across in zip(columns, column_weights, strict=True):
-                tile = np.ascontiguousarray(counts[None, y : y + height, x : x + width])
+        for (top, bottom), down in zip(rows, ramp(rows), strict=True):
+            for (left, right), across in zip(columns, ramp(columns), strict=True):
+                tile = np.ascontiguousarray(counts[None, top:bottom, left:right])
+                done = np.empty(tile.shape, np.float32)
                 self._engine.collect(self._engine.submit(tile, done))
                 done[0] *= down[:, None]
                 done[0] *= across
-                expected[y : y + height, x : x + width] += done[0]
+                expected[top:bottom, left:right] += done[0]

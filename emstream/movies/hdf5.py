@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,31 @@ from emstream.errors import FileFormatError
 from emstream.movies.movie import Stored
 
 NAMES = ("movie", "frames", "data", "images")
-_CACHE_NBYTES = 64 * 1024**2  # for chunks of several frames, which would be unpacked again for each
+_CACHE_NBYTES = 1024**2, 256 * 1024**2  # least and most
 _MAX_LISTED = 12
 
 
 def read(path: Path, dataset: str | None) -> Stored:
     with contextlib.suppress(ImportError):
         importlib.import_module("hdf5plugin")  # with it, h5py reads bitshuffle, LZ4, Zstandard, ...
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(h5py.File(path, "r", rdcc_nbytes=_CACHE_NBYTES))
+    with h5py.File(path, "r") as file:
         array = _named(path, file, dataset) if dataset else _only(path, file)
         if array.shape is None:
             raise FileFormatError(f"{path} has no frames: dataset {array.name} is empty")
         _check_filters(path, array)
-        single = array.ndim == 2
-        size_m = _attribute(array, file, "pixel_size_m")
-        stored = Stored(
-            shape=array.shape,
-            dtype=array.dtype,
-            frame=lambda i: np.asarray(array[()] if single else array[i]),
-            close=file.close,
-            pixel_size_m=float(size_m) if isinstance(size_m, (int, float, np.number)) else None,
-            units=_text(_attribute(array, file, "units")),
-        )
-        stack.pop_all()
-    return stored
+        name, cache_nbytes = dataset or array.name, _cache_nbytes(array)
+        size_m, units = _attribute(array, file, "pixel_size_m"), _attribute(array, file, "units")
+    file = h5py.File(path, "r", rdcc_nbytes=cache_nbytes)
+    array = file[name]
+    single = array.ndim == 2
+    return Stored(
+        shape=array.shape,
+        dtype=array.dtype,
+        frame=lambda i: np.asarray(array[()] if single else array[i]),
+        close=file.close,
+        pixel_size_m=float(size_m) if isinstance(size_m, (int, float, np.number)) else None,
+        units=_text(units),
+    )
 
 
 def write(
@@ -89,6 +90,15 @@ def _check_filters(path: Path, array: h5py.Dataset) -> None:
         if not h5py.h5z.filter_avail(number):
             name = name.decode("ascii", "replace") or f"filter {number}"
             raise FileFormatError(f"{path} is compressed with {name}; pip install hdf5plugin")
+
+
+def _cache_nbytes(array: h5py.Dataset) -> int:
+    """Room for the chunks that a frame lies in, when they hold others too: else each would be unpacked again."""
+    least, most = _CACHE_NBYTES
+    if array.ndim != 3 or not array.chunks or array.chunks[0] == 1:
+        return least
+    chunks = [-(-length // chunk) for length, chunk in zip(array.shape[1:], array.chunks[1:], strict=True)]
+    return min(max(least, math.prod((*chunks, *array.chunks)) * array.dtype.itemsize), most)
 
 
 def _datasets(file: h5py.File) -> list[h5py.Dataset]:

@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
-from emstream.view.server import ViewServer
+from emstream.errors import OutputError
+
+try:
+    from emstream.view.server import ViewServer
+except ModuleNotFoundError as error:
+    raise OutputError(f"the live page needs {error.name}: pip install 'emstream[view]'") from None
 
 __all__ = ["ViewServer"]

@@ -106,7 +106,7 @@ class Receiver:
 
     def start(self) -> None:
         """Subscribe, and receive in a thread. An emstream that is not there yet is waited for."""
-        subscriber = zmq.Context.instance().socket(zmq.SUB)
+        subscriber: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         subscriber.linger = 0
         subscriber.rcvhwm = client.QUEUE_FRAMES
         try:
