@@ -15,7 +15,7 @@ import numpy as np
 import zmq
 
 from emstream import wire
-from emstream.errors import OutputError
+from emstream.endpoint import bind
 from emstream.frame import now_ns
 from emstream.sources.simulated import end_message, header_for, paced, start_message
 from emstream.sources.specimen import MovingSpecimen
@@ -96,12 +96,9 @@ def run_camera(
     socket = zmq.Context.instance().socket(zmq.PUSH if settings.push else zmq.XPUB)
     socket.sndhwm = QUEUE_FRAMES
     try:
-        try:
-            socket.bind(settings.output)
-        except zmq.ZMQError as error:
-            raise OutputError(f"cannot send on {settings.output}: {error.strerror}") from None
+        endpoint = bind(socket, settings.output)
         if on_ready:
-            on_ready(socket.last_endpoint.decode().rstrip("\0"))
+            on_ready(endpoint)
         if settings.wait and not settings.push:
             while not stop.is_set() and not socket.poll(100):
                 pass

@@ -115,8 +115,9 @@ def serve(
     max_batch: Annotated[int | None, typer.Option(help="Frames per batch. [default: the engine's best]")] = None,
     max_wait_ms: Annotated[float, typer.Option(help="Longest a batch's first frame waits for company.")] = 0.0,
     overrun: Annotated[
-        Overrun, typer.Option(help="What gives way when frames come too fast.")
-    ] = Overrun.drop_oldest,
+        Overrun | None,
+        typer.Option(help="What gives way when frames come too fast. [default: block for inputs that can wait, else drop-oldest]"),
+    ] = None,
     slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 8,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
     frames: Frames = None,

@@ -49,8 +49,8 @@ def denoise_file(
     Returns
     -------
     Report: frames, shape [N, H, W], seconds, frames_per_s, dose (mean of the movie
-    [electrons/pixel/frame]), in_domain (whether the engine was trained for that dose; None for
-    one that was not trained), frames_out_of_domain, engine (its identity), output.
+    [electrons/pixel/frame]), in_domain (False when the engine was not trained for that dose),
+    frames_out_of_domain, engine (its identity), output.
 
     Raises FileFormatError for files that cannot be read or written and pixels that cannot be
     electron counts (NaN, a negative mean), EngineError when the engine fails, ValueError for a
@@ -111,10 +111,10 @@ class _Run:
     out_of_domain: int = 0
     """Frames of a dose that the engine was not trained for."""
 
-    def in_domain(self, dose: float) -> bool | None:
-        """Whether the engine was trained for `dose` [electrons/pixel/frame]; None when never trained."""
+    def in_domain(self, dose: float) -> bool:
+        """Whether the engine takes `dose` [electrons/pixel/frame]; one without a card takes any."""
         if self.engine.card is None:
-            return None
+            return True
         low, high = self.engine.card.dose_range
         return bool(low <= dose <= high)
 
@@ -167,7 +167,7 @@ class _Run:
                 f"but counts are not negative; check the offset ({self.offset:g} ADU)"
             )
         self.electrons += dose
-        self.out_of_domain += self.in_domain(dose) is False
+        self.out_of_domain += not self.in_domain(dose)
         return counts
 
     @contextlib.contextmanager

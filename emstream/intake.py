@@ -40,6 +40,9 @@ class Overrun(StrEnum):
 class Source(Protocol):
     """What receives from a camera. Runs in a thread of its own."""
 
+    lossless: bool
+    """Whether it can be made to wait, and so loses nothing when it is."""
+
     def run(self, intake: Intake, stop: threading.Event) -> None:
         """Hand frames to `intake` until the camera is done or `stop` is set; then return within a second."""
 

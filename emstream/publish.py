@@ -14,7 +14,7 @@ import numpy as np
 import zmq
 
 from emstream import wire
-from emstream.errors import OutputError
+from emstream.endpoint import bind
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import SeriesMark, Slot
@@ -51,12 +51,7 @@ class Publisher:
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._socket.linger = 2000
-        try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self._socket.close(linger=0)
-            raise OutputError(_bind_hint(endpoint, error)) from None
-        self.endpoint: str = self._socket.last_endpoint.decode().rstrip("\0")
+        self.endpoint = bind(self._socket, endpoint)
 
     def publish(self, slot: Slot, limit: int | None = None) -> int:
         """Send the first `limit` frames of a finished batch; returns how many were sent."""
@@ -155,12 +150,3 @@ class Publisher:
             elif message[:1] == b"\0":
                 self._subscribed.discard(message[1:])
         return any(topic.startswith(prefix) for prefix in self._subscribed)
-
-
-def _bind_hint(endpoint: str, error: zmq.ZMQError) -> str:
-    if error.errno == zmq.EADDRINUSE:
-        return (
-            f"cannot publish on {endpoint}: the address is in use; "
-            "stop the other program or choose another port with --output"
-        )
-    return f"cannot publish on {endpoint}: {error.strerror}; --output takes tcp://HOST:PORT or ipc://PATH"

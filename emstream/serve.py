@@ -43,7 +43,8 @@ class Settings:
     """Frames; None is what the engine likes best."""
     max_wait_ms: float = 0.0
     """How long a batch's first frame may wait for company while the engine is idle."""
-    overrun: Overrun = Overrun.drop_oldest
+    overrun: Overrun | None = None
+    """What gives way under overload; None lets sources wait that can, and drops the oldest of the others."""
     slots: int = 8
     """Batches in the ring: what a burst may pile up before the overrun policy applies."""
     gain: float = 1.0
@@ -82,6 +83,7 @@ def build(
 ) -> Service:
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
     ledger = Ledger()
+    source = source or open_source(settings.input)
     engine = engine or load_engine(settings.engine, precision=settings.precision, threads=settings.threads)
     ring = Ring(
         slots=settings.slots,
@@ -91,12 +93,11 @@ def build(
     intake = Intake(
         ring,
         ledger,
-        overrun=settings.overrun,
+        overrun=settings.overrun or (Overrun.block if source.lossless else Overrun.drop_oldest),
         gain=settings.gain,
         offset=settings.offset,
         max_frame_bytes=settings.max_frame_bytes,
     )
-    source = source or open_source(settings.input)
     dose_range = engine.card.dose_range if engine.card else None
     publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     pipeline = Pipeline(

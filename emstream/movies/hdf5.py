@@ -93,12 +93,13 @@ def _check_filters(path: Path, array: h5py.Dataset) -> None:
 
 
 def _cache_nbytes(array: h5py.Dataset) -> int:
-    """Room for the chunks that a frame lies in, when they hold others too: else each would be unpacked again."""
+    """Room for the chunks of a frame when they hold others, too, which would each unpack them again."""
     least, most = _CACHE_NBYTES
     if array.ndim != 3 or not array.chunks or array.chunks[0] == 1:
         return least
     chunks = [-(-length // chunk) for length, chunk in zip(array.shape[1:], array.chunks[1:], strict=True)]
-    return min(max(least, math.prod((*chunks, *array.chunks)) * array.dtype.itemsize), most)
+    nbytes: int = math.prod((*chunks, *array.chunks)) * array.dtype.itemsize
+    return min(max(least, nbytes), most)
 
 
 def _datasets(file: h5py.File) -> list[h5py.Dataset]:

@@ -4,8 +4,8 @@ Options: ``rate`` [frames/s] (by default as fast as they are taken), ``loop=true
 again at the end, ``first`` and ``last`` frame (both included), ``dataset`` within the file.
 ``file://movie.npy`` is relative to the working folder.
 
-Without a rate, only ``--overrun block`` holds the file back; the other policies drop
-what the engine cannot keep up with.
+Without a rate the file waits for the engine and loses nothing; with one it is a camera
+like any other, and loses what the engine cannot keep up with, unless ``--overrun block``.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class FileSource:
         if rate_hz is not None and not (math.isfinite(rate_hz) and rate_hz > 0):
             raise ValueError(f"rate must be positive, got {rate_hz} frames/s")
         self.path = path
+        self.lossless = rate_hz is None
         self._rate_hz = rate_hz
         self._loop = loop
         self._dataset = dataset

@@ -71,6 +71,8 @@ def paced(rate: float, stop: threading.Event, frames: int | None = None) -> Iter
 class SimulatedSource:
     """Offers fresh frames of a moving specimen at an exact rate."""
 
+    lossless = False
+
     def __init__(self, specimen: MovingSpecimen, rate: float, frames: int | None = None) -> None:
         self._specimen = specimen
         self._rate = rate

@@ -15,6 +15,7 @@ import numpy as np
 import zmq
 
 from emstream import wire
+from emstream.endpoint import last_endpoint
 from emstream.errors import MalformedFrame, SourceError
 from emstream.frame import FrameHeader
 from emstream.intake import Intake
@@ -58,6 +59,7 @@ class ZmqSource:
         bind: bool = False,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
+        self.lossless = lossless
         self._socket = (context or zmq.Context.instance()).socket(zmq.PULL if lossless else zmq.SUB)
         self._socket.rcvhwm = QUEUE_FRAMES
         self._socket.linger = 0
@@ -73,7 +75,7 @@ class ZmqSource:
             self._socket.close()
             hint = "the address is in use" if error.errno == zmq.EADDRINUSE else error.strerror
             raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
-        self.endpoint: str = self._socket.last_endpoint.decode().rstrip("\0")
+        self.endpoint = last_endpoint(self._socket)
 
     def run(self, intake: Intake, stop: threading.Event) -> None:
         self._socket.maxmsgsize = intake.max_frame_bytes

@@ -14,6 +14,7 @@ const GREYS = Uint32Array.from({ length: 256 }, (_, v) =>
 
 const element = (id) => document.getElementById(id);
 const latest = {}; // every key that has come so far, with its newest value
+const images = {}; // the canvases' pixels, used again for every frame
 let readOutAt = -Infinity;
 
 // -- messages --------------------------------------------------------------------
@@ -62,11 +63,12 @@ function connect() {
 // -- display ---------------------------------------------------------------------
 
 function show({ header, raw, denoised }) {
-  const urgent = header.state !== latest.state || header.in_domain === false;
+  const urgent = header.state !== latest.state || (header.in_domain === false && latest.in_domain !== false);
   Object.assign(latest, header);
   if (raw) {
     draw("raw", raw, header);
     draw("denoised", denoised, header);
+    document.body.dataset.picture = "";
     element("frame").textContent = grouped.format(header.frame);
     element("frame").dataset.value = header.frame;
   }
@@ -75,16 +77,17 @@ function show({ header, raw, denoised }) {
 
 function draw(name, greys, header) {
   const canvas = element(name);
+  const context = canvas.getContext("2d", { alpha: false });
   const [height, width] = header.shape;
-  if (canvas.width !== width || canvas.height !== height) {
+  if (images[name]?.width !== width || images[name].height !== height) {
     canvas.width = width;
     canvas.height = height;
+    canvas.style.setProperty("--aspect", width / height);
+    images[name] = context.createImageData(width, height);
   }
-  const context = canvas.getContext("2d", { alpha: false });
-  const image = context.createImageData(width, height);
-  const rgba = new Uint32Array(image.data.buffer);
+  const rgba = new Uint32Array(images[name].data.buffer);
   for (let i = 0; i < greys.length; i++) rgba[i] = GREYS[greys[i]];
-  context.putImageData(image, 0, 0);
+  context.putImageData(images[name], 0, 0);
   canvas.dataset.frame = header.frame;
   canvas.dataset.low = header[name].low;
   canvas.dataset.high = header[name].high;
@@ -100,7 +103,7 @@ function readOut() {
   setText("notice-title", title);
   setText("notice-text", text);
 
-  setText("rate", fixed(latest.frames_per_s, 1));
+  setText("rate", digits(latest.frames_per_s));
   for (const name of COUNTERS) {
     const count = ledger?.[name];
     setText(name, count === undefined ? "–" : grouped.format(count));
@@ -117,13 +120,13 @@ function readOut() {
   setText("series", latest.series);
   setText("source", latest.source ? ` · ${latest.source}` : "");
   setText("dose", fixed(latest.dose, 3));
-  setText("domain", { true: "in the engine's range", false: "outside the engine's range" }[latest.in_domain] ?? "");
+  setText("domain", { true: "in the engine's range", false: "outside engine's range" }[latest.in_domain] ?? "");
   element("dose-section").classList.toggle("alarm", latest.in_domain === false);
   setText("shape", shape());
-  setText("latency", fixed(latency.total, 2));
-  setText("wait", fixed(latency.received_to_batched, 2));
-  setText("infer", fixed(latency.batched_to_inferred, 2));
-  setText("publish", fixed(latency.inferred_to_published, 2));
+  setText("latency", digits(latency.total));
+  setText("wait", digits(latency.received_to_batched));
+  setText("infer", digits(latency.batched_to_inferred));
+  setText("send", digits(latency.inferred_to_published));
   for (const name of ["raw", "denoised"]) {
     setText(`${name}-low`, fixed(latest[name].low, 2));
     setText(`${name}-high`, fixed(latest[name].high, 2));
@@ -158,7 +161,10 @@ function shape() {
   return `${width} × ${height} px` + (averaged > 1 ? `, shown ${averaged}:1` : "");
 }
 
-const fixed = (number, digits) => (number === null || number === undefined ? "–" : number.toFixed(digits));
+const fixed = (number, places) => (number === null || number === undefined ? "–" : number.toFixed(places));
+
+// About three digits that mean something: 0.17, 4.21, 49.3, 136.
+const digits = (number) => fixed(number, number < 10 ? 2 : number < 100 ? 1 : 0);
 
 function setText(id, text) {
   const target = element(id);

@@ -1,0 +1,219 @@
+"""Whole processes, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import zmq
+
+from emstream import wire
+from tests.conftest import exact, message
+
+ROOT = Path(__file__).parents[2]
+
+
+def emstream(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "emstream", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, **options)
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "emstream", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def line_with(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    """The first line of the process's stderr that matches."""
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if match := re.search(pattern, line):
+            return match
+    pytest.fail(f"no {pattern!r} in:\n{''.join(seen)}")
+
+
+def test_demo_ends_by_itself_and_prints_one_object() -> None:
+    done = emstream("demo", "--frames", 20, "--rate", 5, "--headless", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) >= {"ledger", "latency_ms", "frames_per_s", "engine", "psnr_db"}
+    assert report["ledger"]["published"] == 20
+    assert report["ledger"]["in_flight"] == 0
+    assert exact(report["ledger"])
+    assert set(report["latency_ms"]) >= {"p50", "p99", "p99_9", "max", "received_to_batched", "batched_to_inferred"}
+    assert report["psnr_db"]["denoised"] > report["psnr_db"]["noisy"] + 20
+
+
+def test_sigterm_in_mid_batch_finishes_what_was_received(tmp_path: Path, context: zmq.Context[Any]) -> None:
+    camera = context.socket(zmq.PUSH)
+    camera.linger = 0
+    camera.bind(f"ipc://{tmp_path}/camera")
+    service = start("serve", "--input", f"pull+ipc://{tmp_path}/camera", "--output", f"ipc://{tmp_path}/out",
+                    "--overrun", "block", "--json")  # fmt: skip
+    line_with(service, "engine unet32 on")
+    listener = context.socket(zmq.SUB)
+    listener.linger = 0
+    listener.connect(f"ipc://{tmp_path}/out")
+    listener.subscribe(b"denoised")
+    frame = np.random.default_rng(0).poisson(0.45, (512, 512)).astype(np.uint8)
+    for n in range(6):
+        camera.send_multipart(message(n, frame))
+    assert listener.poll(60_000)
+    service.send_signal(signal.SIGTERM)
+    out, err = service.communicate(timeout=60)
+    assert service.returncode == 0, err
+    ledger = json.loads(out)["ledger"]
+    assert ledger["in_flight"] == 0
+    assert ledger["published"] == ledger["received"] == 6
+    last = None
+    while listener.poll(500):
+        last = wire.unpack(listener.recv_multipart()[1])
+    assert last is not None
+    assert last["htype"] == wire.END
+    camera.close()
+    listener.close()
+
+
+def test_camera_and_service_as_two_programs_account_for_every_fault() -> None:
+    camera = start("camera", "--output", "tcp://127.0.0.1:*", "--rate", 100, "--frames", 150, "--height", 64,
+                   "--width", 64, "--push", "--gap", 0.1, "--corrupt", 0.1, "--reorder", 0.1, "--resize-every", 20,
+                   "--json")  # fmt: skip
+    endpoint = line_with(camera, r"camera on (\S+)")[1]
+    service = start("serve", "--input", f"pull+{endpoint}", "--output", "tcp://127.0.0.1:*", "--overrun", "block",
+                    "--engine", "identity", "--json")  # fmt: skip
+    sent = json.loads(camera.communicate(timeout=60)[0])
+    line_with(service, "engine identity on")
+    service.send_signal(signal.SIGINT)
+    out, err = service.communicate(timeout=60)
+    assert service.returncode == 0, err
+    ledger = json.loads(out)["ledger"]
+    assert exact(ledger)
+    assert ledger["received"] == sent["sent"] == 150 - sent["gaps"]
+    assert ledger["rejected"] == sent["corrupted"] > 0
+    assert ledger["published"] == sent["sent"] - sent["corrupted"]
+    assert sent["reordered"] > 0
+
+
+def test_camera_killed_and_restarted_is_received_again(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/camera"
+    options = ("camera", "--output", endpoint, "--push", "--rate", 100, "--height", 32, "--width", 32)
+    service = start("serve", "--input", f"pull+{endpoint}", "--output", f"ipc://{tmp_path}/out", "--engine", "identity",
+                    "--frames", 60, "--json")  # fmt: skip
+    first = start(*options)
+    line_with(first, "camera on")
+    listener_context = zmq.Context()
+    listener = listener_context.socket(zmq.SUB)
+    listener.linger = 0
+    listener.connect(f"ipc://{tmp_path}/out")
+    listener.subscribe(b"denoised")
+    assert listener.poll(60_000)
+    first.kill()
+    first.communicate(timeout=20)
+    second = start(*options, "--seed", 1)
+    out, err = service.communicate(timeout=60)
+    second.terminate()
+    second.communicate(timeout=20)
+    listener_context.destroy(linger=0)
+    assert service.returncode == 0, err
+    ledger = json.loads(out)["ledger"]
+    assert ledger["published"] == 60
+    assert exact(ledger)
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (3, 64, 41)])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "float64"])
+def test_denoise_takes_any_size_and_type(tmp_path: Path, shape: tuple[int, ...], kind: str) -> None:
+    tifffile.imwrite(tmp_path / "noisy.tif", np.random.default_rng(0).poisson(0.45, shape).astype(kind))
+    done = emstream("denoise", tmp_path / "noisy.tif", tmp_path / "clean.tif", "--engine", ROOT / "engines/unet32.onnx",
+                    "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    clean = tifffile.imread(tmp_path / "clean.tif")
+    assert clean.shape == shape
+    assert clean.dtype == np.float32
+    assert 0.2 < clean.mean() < 0.8
+
+
+def test_denoise_warns_about_adu(tmp_path: Path) -> None:
+    np.save(tmp_path / "adu.npy", np.full((40, 40), 1000, np.uint16))
+    done = emstream("denoise", tmp_path / "adu.npy", tmp_path / "out.npy")
+    assert done.returncode == 0
+    assert "give --gain and --offset" in done.stderr
+
+
+def test_info_reads_the_card() -> None:
+    done = emstream("info", ROOT / "engines/unet32.onnx", "--json")
+    card = json.loads(done.stdout)
+    assert (card["name"], card["parameters"], card["field_of_view_px"]) == ("unet32", 352000, 221)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("serve", "--input", "sim://", "--engine", "nowhere.onnx"), 1, "no engine at nowhere.onnx"),
+        (("serve", "--input", "sim://", "--engine", "pyproject.toml"), 1, "is no engine"),
+        (("serve", "--input", "ftp://x"), 2, "scheme must be one of"),
+        (("serve",), 2, "Missing option '--input'"),
+        (("serve", "--input", "sim://", "--overrun", "panic"), 2, "drop-oldest"),
+        (("serve", "--input", "sim://", "--frames", "0"), 2, "frames must be at least 1, got 0"),
+        (("serve", "--input", "sim://", "--slots", "1"), 2, "at least 2 slots, got 1"),
+        (("serve", "--input", "file:///nowhere/movie.npy"), 1, "/nowhere/movie.npy"),
+        (("camera", "--rate", "0"), 2, "rate must be positive, got 0.0 frames/s"),
+        (("camera", "--dose", "-1"), 2, "dose must be positive, got -1.0 electrons/pixel"),
+        (("camera", "--gap", "2"), 2, "gap must be a probability"),
+        (("denoise", "/nowhere.tif", "out.tif"), 1, "/nowhere.tif"),
+        (("frobnicate",), 2, "No such command"),
+    ],
+)
+def test_wrong_use_is_explained_in_a_line(arguments: tuple[str, ...], code: int, text: str) -> None:
+    done = emstream(*arguments, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    assert text in re.sub(r"\s*│?\n│?\s*", " ", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_output_port_in_use_is_explained(context: zmq.Context[Any]) -> None:
+    taken = context.socket(zmq.PUB)
+    port = taken.bind_to_random_port("tcp://127.0.0.1")
+    done = emstream("serve", "--input", "sim://", "--engine", "identity", "--output", f"tcp://127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert "the address is in use" in done.stderr
+    taken.close()
+
+
+@pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "denoise", "info"])
+def test_help_has_an_example(command: str) -> None:
+    done = emstream(command, "--help")
+    assert done.returncode == 0
+    assert "Example" in done.stdout
+
+
+def test_service_imports_neither_torch_nor_the_laboratory() -> None:
+    code = "import sys, emstream.serve, emstream.cli; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    tops = {name.split(".")[0] for name in modules}
+    assert not tops & {"torch", "abtem", "ase", "matplotlib", "scipy", "onnx", "train", "bench", "starlette"}
+
+
+def test_fifteen_lines_of_plain_pyzmq_read_the_output(rig: Any) -> None:
+    """The client in the README uses nothing of ours."""
+    readme = (ROOT / "README.md").read_text()
+    client = re.search(r"```python\n(# plain client.*?)```", readme, re.S)
+    assert client, "the README has lost its plain client"
+    run = rig({"input": "sim://?rate=50&height=64&width=64", "output": "tcp://127.0.0.1:*"})
+    code = client[1].replace("tcp://127.0.0.1:5556", run.service.publisher.endpoint).replace("while True", "for _ in range(3)")
+    assert "emstream" not in "".join(line for line in code.splitlines(True) if "import" in line)
+    run.start()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 3
+    assert "(64, 64)" in done.stdout
