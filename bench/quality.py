@@ -90,18 +90,33 @@ def measured(engine: Engine, frames: int, folder: Path | None) -> dict[str, Any]
 
     even, odd = list(range(0, len(movie), 2)), list(range(1, len(movie), 2))[:frames]
     width = min(WIDTHS_PX, key=lambda w: np.mean([error(blur(w), n) for n in even]))
-    scored: dict[str, Any] = {"frames": len(odd), "p": round(p, 4), "gaussian_width_px": round(float(width), 2)}
+    scored: dict[str, Any] = {
+        "frames": len(odd),
+        "p": round(p, 4),
+        "gaussian_width_px": round(float(width), 2),
+    }
     errors: dict[str, list[float]] = {}
     for name, denoise in {"noisy": lambda y: y, "gaussian": blur(width), "engine": engine.denoise}.items():
         errors[name] = [error(denoise, n) for n in track(odd, f"real movie, {name}")]
         spread = np.std(errors[name]) / np.sqrt(len(odd))
-        scored[name] = {"upsnr_db": psnr(errors[name]), "mse": float(np.mean(errors[name])), "mse_se": float(spread)}
+        scored[name] = {
+            "upsnr_db": psnr(errors[name]),
+            "mse": float(np.mean(errors[name])),
+            "mse_se": float(spread),
+        }
     paired = np.array(errors["engine"]) - np.array(errors["gaussian"])
-    scored["engine_minus_gaussian"] = {"mse": float(paired.mean()), "se": float(paired.std() / np.sqrt(len(odd)))}
+    scored["engine_minus_gaussian"] = {
+        "mse": float(paired.mean()),
+        "se": float(paired.std() / np.sqrt(len(odd))),
+    }
     n = odd[0]
-    panels = {"one frame, thinned to 0.45 e/px": thinned[n], "emstream, of that frame": engine.denoise(thinned[n]),
-              f"one frame as measured, {movie[n].mean():.1f} e/px": movie[n],
-              "emstream, of that frame ": engine.denoise(movie[n]), f"mean of {len(movie)} frames": movie.mean(axis=0)}  # fmt: skip
+    panels = {
+        "one frame, thinned to 0.45 e/px": thinned[n],
+        "emstream, of that frame": engine.denoise(thinned[n]),
+        f"one frame as measured, {movie[n].mean():.1f} e/px": movie[n],
+        "emstream, of that frame ": engine.denoise(movie[n]),
+        f"mean of {len(movie)} frames": movie.mean(axis=0),
+    }
     if folder:
         windows = {name: tuple(np.percentile(image, (0.5, 99.5))) for name, image in panels.items()}
         picture(panels, folder / "real_movie.png", windows)

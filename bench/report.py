@@ -23,7 +23,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 LIBRARIES = ("numpy", "pyzmq", "msgpack", "openvino", "onnxruntime", "torch")
-_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # as /proc/cpuinfo has them
+_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+)  # as /proc/cpuinfo has them
 PERCENTILES = {"p50": 50.0, "p99": 99.0, "p99_9": 99.9, "max": 100.0}
 
 
@@ -35,7 +43,9 @@ def parser(theme: str, question: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--json", type=Path, metavar="OUT.json", help="write the results here, too")
-    made.add_argument("--quick", action="store_true", help="a smoke run: seconds, and numbers that mean nothing")
+    made.add_argument(
+        "--quick", action="store_true", help="a smoke run: seconds, and numbers that mean nothing"
+    )
     made.add_argument(
         "--results",
         type=Path,
@@ -83,16 +93,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; numbers to the right, None as a dash."""
     cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(columns))]
-    right = [bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(columns))]
+    right = [
+        bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows)
+        for i in range(len(columns))
+    ]
     rule = ["-" * (width - 1) + ":" if r else "-" * width for width, r in zip(widths, right, strict=True)]
     lines = [cells[0], rule, *cells[1:]]
     return "\n".join(
-        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        "| "
+        + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+        + " |"
         for line in lines
     )
 
 
-def write(theme: str, title: str, results: Mapping[str, Any], body: str, arguments: argparse.Namespace) -> Path | None:
+def write(
+    theme: str, title: str, results: Mapping[str, Any], body: str, arguments: argparse.Namespace
+) -> Path | None:
     """Print `body` (Markdown) and write it with `results`; returns the folder of the results, if any."""
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     print(body)

@@ -59,7 +59,9 @@ class Child:
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         self.name = work.__name__
         self._pipe, theirs = _SPAWN.Pipe()
-        self._process: BaseProcess = _SPAWN.Process(target=_run, args=(work, theirs, *arguments), name=self.name)
+        self._process: BaseProcess = _SPAWN.Process(
+            target=_run, args=(work, theirs, *arguments), name=self.name
+        )
         self._process.start()
         theirs.close()
 
@@ -246,7 +248,9 @@ class Camera:
         self._receipts.close(linger=0)
 
     def _mark(self, htype: str) -> None:
-        self._output.send_multipart([DENOISED, wire.pack({"htype": htype, "source": SOURCE, "series": SERIES})])
+        self._output.send_multipart(
+            [DENOISED, wire.pack({"htype": htype, "source": SOURCE, "series": SERIES})]
+        )
 
 
 class Subscriber:

@@ -44,19 +44,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     parser = report.parser("throughput", __doc__)
     parser.add_argument("--frames", type=int, default=4000, help="per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of relay, then emstream (default: %(default)s)")
-    parser.add_argument("--types", nargs="+", default=["float32", "uint16", "uint8"], help="of the camera's pixels")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of relay, then emstream (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--types", nargs="+", default=["float32", "uint16", "uint8"], help="of the camera's pixels"
+    )
     parser.add_argument("--size", type=int, default=512, help="frames of SIZE x SIZE (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=_SAFE_WINDOW, help="frames under way at most (default: %(default)s)")
+    parser.add_argument(
+        "--window", type=int, default=_SAFE_WINDOW, help="frames under way at most (default: %(default)s)"
+    )
     parser.add_argument("--warmup", type=int, default=500, help="frames not timed (default: %(default)s)")
-    parser.add_argument("--proof", type=int, default=0, metavar="FRAMES", help="at last, a long round of emstream alone")
+    parser.add_argument(
+        "--proof", type=int, default=0, metavar="FRAMES", help="at last, a long round of emstream alone"
+    )
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.frames, arguments.rounds, arguments.warmup = min(arguments.frames, 300), 1, 50
     if not 0 <= arguments.warmup < arguments.frames - 1:
         parser.error("--frames must be at least 2 more than --warmup")
     if not _RECEIPT_EVERY <= arguments.window <= _SAFE_WINDOW:
-        parser.error(f"--window must lie in {_RECEIPT_EVERY}-{_SAFE_WINDOW}: more may overflow the output queue")
+        parser.error(
+            f"--window must lie in {_RECEIPT_EVERY}-{_SAFE_WINDOW}: more may overflow the output queue"
+        )
 
     results = {**report.stamp("throughput", argv), "size": arguments.size, "window": arguments.window}
     plan = [
@@ -105,7 +115,9 @@ def measure(kind: str, middle: str, frames: int, warmup: int, size: int, window:
         if middle == "emstream":
             between.stop()
             ledger = between.answer()["ledger"]
-            settled = sum(ledger[name] for name in ("published", "dropped", "rejected", "failed", "in_flight"))
+            settled = sum(
+                ledger[name] for name in ("published", "dropped", "rejected", "failed", "in_flight")
+            )
             if not (ledger["received"] == settled == frames):
                 raise RuntimeError(f"the ledger does not add up to {frames} frames: {ledger}")
     nbytes = size * size * (4 if middle == "emstream" else np.dtype(kind).itemsize)
@@ -164,7 +176,9 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str, warmup:
         height, width = header["shape"]
         whole = len(pixels) == height * width * dtype.itemsize
         if not (
-            whole and number == subscriber.arrived - 1 and np.frombuffer(pixels, dtype, 1)[0] == number % rig.PATTERNS
+            whole
+            and number == subscriber.arrived - 1
+            and np.frombuffer(pixels, dtype, 1)[0] == number % rig.PATTERNS
         ):
             wrong += 1
     subscriber.close()

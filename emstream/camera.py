@@ -48,7 +48,9 @@ class Faults:
                 raise ValueError(f"{name} must be a probability from 0 to 1, got {getattr(self, name)}")
         for name in ("resize_every", "stall_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name.replace('_', '-')} must not be negative, got {getattr(self, name)} frames")
+                raise ValueError(
+                    f"{name.replace('_', '-')} must not be negative, got {getattr(self, name)} frames"
+                )
         if not self.stall_s >= 0:
             raise ValueError(f"stall-s must not be negative, got {self.stall_s} s")
 
@@ -93,7 +95,7 @@ def run_camera(
             (max(16, settings.height // 2), max(16, settings.width // 2)),
         )[: 2 if settings.faults.resize_every else 1]
     ]
-    socket = zmq.Context.instance().socket(zmq.PUSH if settings.push else zmq.XPUB)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH if settings.push else zmq.XPUB)
     socket.sndhwm = QUEUE_FRAMES
     try:
         endpoint = bind(socket, settings.output)
@@ -108,7 +110,10 @@ def run_camera(
 
 
 def _stream(
-    settings: CameraSettings, specimens: list[MovingSpecimen], socket: zmq.Socket[bytes], stop: threading.Event
+    settings: CameraSettings,
+    specimens: list[MovingSpecimen],
+    socket: zmq.Socket[bytes],
+    stop: threading.Event,
 ) -> dict[str, Any]:
     faults, series = settings.faults, now_ns() // 1_000_000
     rng = np.random.default_rng((settings.seed, 3))
@@ -151,4 +156,3 @@ def _send(socket: zmq.Socket[bytes], message: Message, stop: threading.Event) ->
             return False
     socket.send_multipart(message)
     return True
-

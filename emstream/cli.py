@@ -109,14 +109,22 @@ def demo(
 
 @app.command()
 def serve(
-    input: Annotated[str, typer.Option(metavar="URL", help="The camera: tcp://, pull+tcp://, file://, sim://")],
+    input: Annotated[
+        str, typer.Option(metavar="URL", help="The camera: tcp://, pull+tcp://, file://, sim://")
+    ],
     engine: EnginePath = None,
     output: Annotated[str, typer.Option(help="Endpoint to publish on.")] = "tcp://127.0.0.1:5556",
-    max_batch: Annotated[int | None, typer.Option(help="Frames per batch. [default: the engine's best]")] = None,
-    max_wait_ms: Annotated[float, typer.Option(help="Longest a batch's first frame waits for company.")] = 0.0,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Frames per batch. [default: the engine's best]")
+    ] = None,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="Longest a batch's first frame waits for company.")
+    ] = 0.0,
     overrun: Annotated[
         Overrun | None,
-        typer.Option(help="What gives way when frames come too fast. [default: block for inputs that can wait, else drop-oldest]"),
+        typer.Option(
+            help="What gives way when frames come too fast. [default: block for inputs that can wait, else drop-oldest]"
+        ),
     ] = None,
     slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 8,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
@@ -255,7 +263,12 @@ def denoise(
     from emstream.inference import load_engine
 
     loaded = load_engine(engine, precision=precision, threads=threads)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TextColumn("frames"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(input.name, total=None)
         report = denoise_file(
@@ -273,7 +286,9 @@ def denoise(
 
 @app.command()
 def info(
-    engine: Annotated[Path | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")] = None,
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What an engine is: network, training domain, precision, device.
@@ -300,7 +315,9 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
     table = Table(show_header=False, box=None)
     for name, value in report.items():
         if isinstance(value, dict):
-            value = "  ".join(f"{key} {_text(each)}" for key, each in value.items() if not isinstance(each, dict))
+            value = "  ".join(
+                f"{key} {_text(each)}" for key, each in value.items() if not isinstance(each, dict)
+            )
         table.add_row(name, _text(value))
     console.print(table)
 

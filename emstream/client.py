@@ -39,7 +39,7 @@ def subscribe(
     engine's identity, the stages' times, the ledger, and the dose with its verdict.
     Messages that make no sense are skipped.
     """
-    socket = zmq.Context.instance().socket(zmq.SUB)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     socket.linger = 0
     socket.rcvhwm = QUEUE_FRAMES
     try:

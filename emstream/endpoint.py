@@ -22,10 +22,14 @@ def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
                 problem = "the address is in use; stop the other program or choose another one"
     if problem:
         socket.close(linger=0)
-        raise OutputError(f"cannot publish on {endpoint}: {problem}; --output takes tcp://HOST:PORT or ipc://PATH")
+        raise OutputError(
+            f"cannot publish on {endpoint}: {problem}; --output takes tcp://HOST:PORT or ipc://PATH"
+        )
     return last_endpoint(socket)
 
 
 def last_endpoint(socket: zmq.Socket[bytes]) -> str:
     """Where `socket` was bound or connected last."""
-    return socket.last_endpoint.decode().rstrip("\0")
+    endpoint = socket.get(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return endpoint.decode().rstrip("\0")

@@ -90,7 +90,9 @@ class Intake:
         try:
             row = self._reserve(header)
         except MemoryError:
-            self._count_rejected(f"no memory for a frame of {header.shape[0]}x{header.shape[1]} {header.type}")
+            self._count_rejected(
+                f"no memory for a frame of {header.shape[0]}x{header.shape[1]} {header.type}"
+            )
             return None
         if row is None:
             self._ledger.drop()

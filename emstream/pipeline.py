@@ -116,7 +116,9 @@ class Pipeline:
                         submitted.append((None, item))
                     elif self._aborting.is_set():
                         self._settle(item, self._ledger.drop)
-                    elif (ticket := self._attempt(item, self._engine.submit, item.counts, item.expected)) is not None:
+                    elif (
+                        ticket := self._attempt(item, self._engine.submit, item.counts, item.expected)
+                    ) is not None:
                         submitted.append((ticket, item))
                 if not submitted:
                     return

@@ -139,11 +139,11 @@ class Publisher:
         # Copied by ZeroMQ: the slot may be filled again before a slow subscriber has read it.
         self._socket.send(topic, zmq.SNDMORE)
         self._socket.send(wire.pack(message), zmq.SNDMORE)
-        self._socket.send(pixels, copy=True)
+        self._socket.send(pixels.data, copy=True)
 
     def _wants(self, topic: bytes) -> bool:
         """Whether anybody has subscribed to `topic`."""
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while self._socket.poll(0):
             message = self._socket.recv()
             if message[:1] == b"\1":
                 self._subscribed.add(message[1:])

@@ -53,7 +53,7 @@ class Slot:
     index: int
     state: State = State.FREE
     shape: tuple[int, int] = (0, 0)
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
     headers: list[FrameHeader] = field(default_factory=list)
     received_ns: list[int] = field(default_factory=list)
     batched_ns: int = 0
@@ -81,7 +81,9 @@ class Slot:
         """(B, H, W) float32, expected electrons."""
         return self._expected[: len(self.headers)]
 
-    def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any], max_batch: int, allocate: Allocator) -> None:
+    def prepare(
+        self, shape: tuple[int, int], dtype: np.dtype[Any], max_batch: int, allocate: Allocator
+    ) -> None:
         """Make room for frames of `shape` and `dtype`; memory grows when needed and never shrinks.
 
         Frames too big for `max_batch` of them in 256 MiB make a smaller batch.
@@ -150,13 +152,15 @@ class Ring:
                 filling = self._filling = self._free.popleft()
                 filling.state = State.FILLING
             self._writing = True
-            return filling._rows[len(filling.headers)]
+            row: np.ndarray = filling._rows[len(filling.headers)]
+            return row
 
     def commit(self, header: FrameHeader, received_ns: int) -> None:
         """The reserved row is whole."""
         with self._changed:
             slot = self._filling
-            assert slot is not None and self._writing
+            assert slot is not None
+            assert self._writing
             self._writing = False
             slot.headers.append(header)
             slot.received_ns.append(received_ns)

@@ -16,9 +16,9 @@ from typing import Any
 
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
-from emstream.intake import Intake, Overrun
+from emstream.intake import Intake, Overrun, Source
 from emstream.ledger import Ledger
-from emstream.pipeline import Pipeline, Source
+from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.ring import Ring
 from emstream.sources import open_source
@@ -113,7 +113,9 @@ def build(
     return Service(pipeline, publisher, engine, ledger)
 
 
-def serve(settings: Settings, on_ready: Callable[[Service], None] | None = None, **parts: Any) -> dict[str, Any]:
+def serve(
+    settings: Settings, on_ready: Callable[[Service], None] | None = None, **parts: Any
+) -> dict[str, Any]:
     """Run a service until its source ends, `frames` are published, or SIGINT or SIGTERM comes.
 
     Returns the final report. A first signal drains: frames received are still denoised

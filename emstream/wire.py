@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from emstream.errors import MalformedFrame
 from emstream.frame import PIXEL_TYPES, FrameHeader
@@ -79,11 +79,10 @@ def header_of(message: Mapping[str, Any], max_frame_bytes: int = DEFAULT_MAX_FRA
     units = message.get("units", "electrons")
     if not isinstance(source, str) or not isinstance(units, str) or len(source) + len(units) > 512:
         raise MalformedFrame("source and units must be short texts")
-    frame = message.get("frame")
-    if not _is_number(frame):
-        raise MalformedFrame(f"frame must be a number from 0, got {_short(frame)}")
+    if not _is_number(message.get("frame")):
+        raise MalformedFrame(f"frame must be a number from 0, got {_short(message.get('frame'))}")
     header = FrameHeader(
-        frame=frame,
+        frame=message["frame"],
         shape=_shape(message.get("shape")),
         type=kind,
         source=source,

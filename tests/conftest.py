@@ -44,14 +44,24 @@ def message(frame: int, pixels: np.ndarray, **fields: Any) -> list[Any]:
 class Rig:
     """A running service with a PUSH camera in front and everything it publishes on record."""
 
-    def __init__(self, folder: Path, context: zmq.Context[Any], settings: dict[str, Any], **parts: Any) -> None:
+    def __init__(
+        self, folder: Path, context: zmq.Context[Any], settings: dict[str, Any], **parts: Any
+    ) -> None:
         self.camera = context.socket(zmq.PUSH)
         self.camera.linger = 0
         self.camera.sndhwm = 10_000
         address = f"ipc://{folder}/camera"
         self.camera.bind(address)
         self.service: Service = build(
-            Settings(**{"input": f"pull+{address}", "output": f"ipc://{folder}/out", "engine": "identity", "queue": 10_000} | settings),
+            Settings(
+                **{
+                    "input": f"pull+{address}",
+                    "output": f"ipc://{folder}/out",
+                    "engine": "identity",
+                    "queue": 10_000,
+                }
+                | settings
+            ),
             **parts,
         )
         self.out = context.socket(zmq.SUB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_tiles_cover_every_pixel_overlap_enough_and_keep_the_networks_grid(lengt
     assert spans[-1][1] == length
     assert all(stop - start == tile for start, stop in spans[:-1])
     assert all(0 < stop - start <= tile and start % 16 == 0 for start, stop in spans)
-    assert all(a[1] - b[0] >= 111 for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] - b[0] >= 111 for a, b in pairwise(spans))
 
 
 @given(length=st.integers(1, 5000), tile=st.sampled_from([256, 512, 1000, 1024]))

@@ -69,7 +69,9 @@ def test_every_frame_comes_out_in_order_with_its_pixels(rig: Any) -> None:
 def test_header_tells_what_happened_to_the_frame(rig: Any) -> None:
     run = rig({"frames": 1})
     run.start()
-    run.camera.send_multipart(message(7, pixels(7), timestamp_ns=1, pixel_size_m=6e-12, extra={"operator": "Ada"}))
+    run.camera.send_multipart(
+        message(7, pixels(7), timestamp_ns=1, pixel_size_m=6e-12, extra={"operator": "Ada"})
+    )
     run.join()
     ((head, _),) = run.published()
     stages = head["stages_ns"]
@@ -196,11 +198,15 @@ def test_series_are_bracketed_by_start_and_end(rig: Any) -> None:
     run = rig({"overrun": Overrun.block})
     run.start()
     for series in ("first", "second"):
-        run.camera.send_multipart([b"raw", wire.pack({"htype": wire.START, "source": "test", "series": series, "user": 1})])
+        run.camera.send_multipart(
+            [b"raw", wire.pack({"htype": wire.START, "source": "test", "series": series, "user": 1})]
+        )
         for n in range(3):
             run.camera.send_multipart(message(n, pixels(n), series=series))
         if series == "first":
-            run.camera.send_multipart([b"raw", wire.pack({"htype": wire.END, "source": "test", "series": series})])
+            run.camera.send_multipart(
+                [b"raw", wire.pack({"htype": wire.END, "source": "test", "series": series})]
+            )
     run.wait(lambda ledger: ledger["published"] == 6)
     run.stop()
     run.service.close()

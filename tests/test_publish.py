@@ -81,7 +81,9 @@ def test_published_frame_does_not_change_when_its_slot_is_filled_again(context: 
 
 
 def test_silence_is_explained_to_a_subscriber(tmp_path: Any) -> None:
-    with pytest.raises(SourceError, match=r"no frame from ipc://.* within 0\.05 s; is emstream serve running"):
+    with pytest.raises(
+        SourceError, match=r"no frame from ipc://.* within 0\.05 s; is emstream serve running"
+    ):
         next(emstream.subscribe(f"ipc://{tmp_path}/nobody", timeout_s=0.05))
 
 

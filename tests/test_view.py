@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -313,6 +315,12 @@ def test_loopback_names_are_answered(view: ViewServer, host: str) -> None:
     assert status_of(view, host=f"{host}:{view.port}")[0] == 200
 
 
+def test_localhost_may_be_the_address_to_serve_on(tmp_path: Path) -> None:
+    with ViewServer(f"ipc://{tmp_path}/nobody", host="localhost", port=0) as view:
+        assert view.url == f"http://localhost:{view.port}/"
+        assert status_of(view)[0] == 200
+
+
 @pytest.mark.parametrize("path", ["/", "/page.js"])
 def test_other_host_names_are_refused(view: ViewServer, path: str) -> None:
     assert status_of(view, path, host="evil.example")[0] == 400
@@ -363,6 +371,14 @@ def test_port_is_free_again_after_stop_even_with_a_viewer_watching(tmp_path: Pat
         view.stop()
         with ViewServer(endpoint, port=view.port) as again:
             assert status_of(again)[0] == 200
+
+
+def test_missing_web_server_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in ("emstream.view", "emstream.view.server"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(OutputError, match=r"needs uvicorn: pip install 'emstream\[view\]'"):
+        importlib.import_module("emstream.view")
 
 
 # -- pairs, scales, averages ------------------------------------------------------

@@ -22,7 +22,14 @@ GOOD = np.arange(6, dtype=np.uint8).reshape(2, 3)
 
 
 def head(**change: Any) -> bytes:
-    fields = {"htype": wire.FRAME, "frame": 0, "shape": [2, 3], "type": "uint8", "series": 1, "source": "test"}
+    fields = {
+        "htype": wire.FRAME,
+        "frame": 0,
+        "shape": [2, 3],
+        "type": "uint8",
+        "series": 1,
+        "source": "test",
+    }
     return wire.pack(fields | change)
 
 

@@ -29,6 +29,7 @@ from emstream.inference.card import EngineCard
 from train import models
 from train.dataset import SAMPLING_A, Images
 from train.evaluate import VIEW_PX, evaluate
+from train.fit import EMA_DECAY
 from train.models.unet import MULTIPLE_PX, BiasFreeBatchNorm, DoubleConv
 from train.noise import DOSE_RANGE, PAPER_DOSE
 
@@ -130,8 +131,8 @@ bias-free: {"yes" if card.bias_free else "no"}. Files: `{card.name}.onnx` (OpenV
 - **Trained for** {card.dose_range[0]}-{card.dose_range[1]} electrons/pixel/frame, pixels of {card.sampling_pm} pm,
   Pt on CeO2 in [110], 300 kV, thickness 3-6 nm, tilt up to 4 degrees, defocus 0-20 nm, any in-plane rotation.
 - **Training** {card.trained}.
-- **Test** on {network["images"]} images of specimens it has not seen, {PAPER_DOSE} electrons/pixel, peak 1 electron, float32:
-  PSNR {network["psnr_db"]} +- {network["psnr_sd"]} dB, SSIM {network["ssim"]} +- {network["ssim_sd"]}
+- **Test** on {network["images"]} images of specimens it has not seen, {PAPER_DOSE} electrons/pixel, peak 1
+  electron, float32: PSNR {network["psnr_db"]} +- {network["psnr_sd"]} dB, SSIM {network["ssim"]} +- {network["ssim_sd"]}
   (the noisy frames: {noisy["psnr_db"]} +- {noisy["psnr_sd"]} dB, {noisy["ssim"]}).
 - **Not for** specimens unlike these: outside its training a network invents the structure it knows.
   A single column on the surface is the hardest case; look at the raw counts, too.
@@ -170,9 +171,12 @@ def main() -> None:
         sampling_pm=100 * SAMPLING_A,
         psnr_db=scores["network"]["psnr_db"],
         ssim=scores["network"]["ssim"],
-        trained=f"{arguments.data or recipe['train']}; {state['step']} steps of {recipe['batch']} crops of "
-        f"{recipe['crop_px']} px in {state['spent_s'] / 3600:.2f} h{arguments.hardware and ' on ' + arguments.hardware}, "
-        f"AdamW at {recipe['learning_rate']} with a cosine schedule, EMA {0.999}",
+        trained=(
+            f"{arguments.data or recipe['train']}; {state['step']} steps of {recipe['batch']} crops of "
+            f"{recipe['crop_px']} px in {state['spent_s'] / 3600:.2f} h"
+            f"{' on ' + arguments.hardware if arguments.hardware else ''}; AdamW, peak rate "
+            f"{recipe['learning_rate']}, cosine schedule, EMA {EMA_DECAY}"
+        ),
         commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
     )
     write_onnx(network, arguments.output, card)

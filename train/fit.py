@@ -188,12 +188,30 @@ def main() -> None:
                     progress.write(f"step {step}: {score:.2f} dB at {PAPER_DOSE} electrons/pixel")
                     if score > best:
                         best = score
-                        save(arguments.out / "best.pt", {"recipe": asdict(recipe), "network": ema.state_dict(),
-                             "step": step, "spent_s": spent_s, "validation_psnr_db": score})
+                        save(
+                            arguments.out / "best.pt",
+                            {
+                                "recipe": asdict(recipe),
+                                "network": ema.state_dict(),
+                                "step": step,
+                                "spent_s": spent_s,
+                                "validation_psnr_db": score,
+                            },
+                        )
             if time.monotonic() - saved > CHECKPOINT_S or finished:
-                save(checkpoint_path, {"recipe": asdict(recipe), "network": network.state_dict(),
-                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
-                     "generator": generator.get_state(), "step": step, "spent_s": spent_s})
+                save(
+                    checkpoint_path,
+                    {
+                        "recipe": asdict(recipe),
+                        "network": network.state_dict(),
+                        "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "best": best,
+                        "generator": generator.get_state(),
+                        "step": step,
+                        "spent_s": spent_s,
+                    },
+                )
                 saved = time.monotonic()
     progress.close()
 

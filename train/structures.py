@@ -102,7 +102,8 @@ def _support(thickness_a: float, top_a: float, rng: np.random.Generator) -> Atom
         start, width = rng.uniform(0, CELL_A), rng.uniform(0.15, 0.4) * CELL_A
         limit[(ce[:, 0] - start) % CELL_A < width] -= trilayer
     ce = ce[(ce[:, 1] < limit) & (ce[:, 1] > bond)]
-    oxygen = np.concatenate([ce + [0, bond, 0], ce - [0, bond, 0]])
+    above = np.array([0, bond, 0])
+    oxygen = np.concatenate([ce + above, ce - above])
     return Atoms(
         ["Ce"] * len(ce) + ["O"] * len(oxygen),
         positions=np.concatenate([ce, oxygen]),
@@ -116,8 +117,10 @@ def _particle(specimen: Specimen, rng: np.random.Generator) -> np.ndarray:
     lattice = FaceCenteredCubic(
         "Pt", directions=DIRECTIONS, size=(repeats, repeats, 2 * repeats), latticeconstant=PT_LATTICE_A
     )
-    r = lattice.positions - lattice.positions[np.argmin(
-        np.linalg.norm(lattice.positions - lattice.positions.mean(0), axis=1))]
+    r = (
+        lattice.positions
+        - lattice.positions[np.argmin(np.linalg.norm(lattice.positions - lattice.positions.mean(0), axis=1))]
+    )
     r = r + ROTATION @ (rng.choice([0.0, 0.25, 0.5], 3) * PT_LATTICE_A)
     inside = np.ones(len(r), bool)
     for signs in product((-1, 1), repeat=3):
@@ -140,9 +143,7 @@ def columns(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, index = np.unique(keys, axis=0, return_inverse=True)
     index = index.reshape(-1)
     counts = np.bincount(index)
-    places = np.stack(
-        [np.bincount(index, positions[:, axis]) / counts for axis in (0, 1)], axis=1
-    )
+    places = np.stack([np.bincount(index, positions[:, axis]) / counts for axis in (0, 1)], axis=1)
     return index, places
 
 

@@ -17,9 +17,7 @@ _SUFFIXES = ".onnx (OpenVINO, any CPU), .pt2 (PyTorch) or the word identity"
 
 def default_engine() -> Path:
     """The engine that ships with emstream and runs on any CPU."""
-    import emstream
-
-    package = Path(emstream.__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "engines", package.parent / "engines"):
         if (path := folder / "unet32.onnx").exists():
             return path
@@ -38,7 +36,9 @@ def load_engine(
         return IdentityEngine()
     path = default_engine() if path is None else Path(path)
     if not path.is_file():
-        raise EngineNotFound(f"no engine at {path}; shipped: {', '.join(map(str, shipped_engines())) or 'none'}")
+        raise EngineNotFound(
+            f"no engine at {path}; shipped: {', '.join(map(str, shipped_engines())) or 'none'}"
+        )
     if path.suffix == ".onnx":
         from emstream.inference.openvino import OpenVINOEngine
 

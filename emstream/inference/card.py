@@ -54,5 +54,7 @@ class EngineCard:
             values["dose_range"] = (low, high)
             values["field_of_view_px"] = int(values["field_of_view_px"])
         except (TypeError, ValueError):
-            raise EngineInvalid(f"{where}: the card's dose_range or field_of_view_px is not a number") from None
+            raise EngineInvalid(
+                f"{where}: the card's dose_range or field_of_view_px is not a number"
+            ) from None
         return cls(**values)

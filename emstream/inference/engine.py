@@ -71,7 +71,7 @@ class Engine(ABC):
 
 def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """`dtype` in this machine's byte order, in a width that engines take."""
-    if dtype.itemsize == 8 and dtype.kind in "ui" or dtype == np.float16:
+    if (dtype.itemsize == 8 and dtype.kind in "ui") or dtype == np.float16:
         return np.dtype(np.float32)
     return dtype.newbyteorder("=")
 

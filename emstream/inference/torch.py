@@ -17,7 +17,7 @@ from emstream.inference.card import EngineCard
 from emstream.inference.engine import Engine, sha256_of
 
 _MULTIPLE_PX = 16
-_SMALLEST_PX = 32
+_SMALLEST_PX = 32  # what torch.export takes for a free size; other engines pad tiny frames to 16
 
 
 class TorchEngine(Engine):
@@ -30,9 +30,13 @@ class TorchEngine(Engine):
         try:
             program = torch.export.load(path, extra_files=metadata)
         except Exception as error:  # torch raises whatever its zip and JSON readers raise
-            raise EngineInvalid(f"{path} is not a readable exported program: {type(error).__name__}") from None
+            raise EngineInvalid(
+                f"{path} is not a readable exported program: {type(error).__name__}"
+            ) from None
         if not metadata["card.json"]:
-            raise EngineInvalid(f"{path} is not an emstream engine: it has no card; write it with train.export")
+            raise EngineInvalid(
+                f"{path} is not an emstream engine: it has no card; write it with train.export"
+            )
         self.card = EngineCard.from_metadata(json.loads(metadata["card.json"]), where=str(path))
         self.name = self.card.name
         self.sha256 = sha256_of(path)
@@ -41,7 +45,7 @@ class TorchEngine(Engine):
             torch.set_num_threads(threads)
         self._network = program.module()
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> None:
         height, width = counts.shape[1:]
         # Through float32 first: torch has no arithmetic for unsigned 16 and 32 bit.

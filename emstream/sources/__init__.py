@@ -60,13 +60,13 @@ class Url:
 
     def number(self, name: str, default: float, unit: str, positive: bool = True) -> float:
         """A number option, positive unless said otherwise."""
-        value = self._parse(name, default, float)
+        value: float = self._parse(name, default, float)
         if not math.isfinite(value) or (positive and value <= 0):
             raise ValueError(f"--input {self.text!r}: {name} must be a positive number [{unit}], got {value}")
         return value
 
     def integer(self, name: str, default: int) -> int:
-        value = self._parse(name, default, int)
+        value: int = self._parse(name, default, int)
         if value < 0:
             raise ValueError(f"--input {self.text!r}: {name} must not be negative, got {value}")
         return value

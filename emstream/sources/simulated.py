@@ -27,9 +27,7 @@ def from_url(url: Url) -> SimulatedSource:
         height=url.integer("height", 512),
         width=url.integer("width", 512),
     )
-    return SimulatedSource(
-        specimen, url.number("rate", 40.0, "frames/s"), url.integer("frames", 0) or None
-    )
+    return SimulatedSource(specimen, url.number("rate", 40.0, "frames/s"), url.integer("frames", 0) or None)
 
 
 def start_message(series: int | str) -> dict[str, object]:

@@ -166,7 +166,8 @@ class MovingSpecimen:
 
 
 def _blend(first: np.ndarray, second: np.ndarray, part: float) -> np.ndarray:
-    return first + part * (second - first)
+    mixed: np.ndarray = first + part * (second - first)
+    return mixed
 
 
 def _frame(n: int) -> int:

@@ -144,4 +144,4 @@ class ZmqSource:
 
 
 def _bytes_of(row: np.ndarray) -> memoryview:
-    return memoryview(row.reshape(-1).view(np.uint8))
+    return row.reshape(-1).view(np.uint8).data

@@ -365,6 +365,7 @@ class ViewServer:
 
     def start(self) -> None:
         """Serve until `stop`. Raises OutputError, with nothing started, when the address cannot be had."""
+        app = self._app()
         listener = _listen(self.host, self.port)
         try:
             self._receiver.start()
@@ -374,7 +375,7 @@ class ViewServer:
         self.port = listener.getsockname()[1]
         self._server = uvicorn.Server(
             uvicorn.Config(
-                self._app(),
+                app,
                 loop="asyncio",
                 http="h11",
                 ws="websockets-sansio",
@@ -509,10 +510,9 @@ def _static(name: str, kind: str) -> Callable[[Request], Response]:
 def _listen(host: str, port: int) -> socket.socket:
     where = f"{_in_url(host)}:{port}"
     try:
-        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][
-            0
-        ]
-        return socket.create_server((host, port), family=family)
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name with both kinds of address, such as localhost, is served on the IPv4 one.
+        return socket.create_server((host, port), family=min(family for family, *_ in addresses))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise OutputError(

@@ -90,7 +90,14 @@ def subscribed(cameras: Cameras, frames: int) -> str:
 def array_1_0(cameras: Cameras, frames: int) -> str:
     messages = []
     for n in range(frames):
-        head = {"htype": "array-1.0", "shape": SHAPE, "type": "uint16", "frame": n, "source": "x", "endianness": "big"}
+        head = {
+            "htype": "array-1.0",
+            "shape": SHAPE,
+            "type": "uint16",
+            "frame": n,
+            "source": "x",
+            "endianness": "big",
+        }
         messages.append([json.dumps(head).encode(), picture(n).astype(">u2").tobytes()])
     return cameras.push(messages)
 

@@ -50,7 +50,14 @@ def test_demo_ends_by_itself_and_prints_one_object() -> None:
     assert report["ledger"]["published"] == 20
     assert report["ledger"]["in_flight"] == 0
     assert exact(report["ledger"])
-    assert set(report["latency_ms"]) >= {"p50", "p99", "p99_9", "max", "received_to_batched", "batched_to_inferred"}
+    assert set(report["latency_ms"]) >= {
+        "p50",
+        "p99",
+        "p99_9",
+        "max",
+        "received_to_batched",
+        "batched_to_inferred",
+    }
     assert report["psnr_db"]["denoised"] > report["psnr_db"]["noisy"] + 20
 
 
@@ -133,7 +140,8 @@ def test_camera_killed_and_restarted_is_received_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(37, 53), (3, 64, 41)])
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "float64"])
 def test_denoise_takes_any_size_and_type(tmp_path: Path, shape: tuple[int, ...], kind: str) -> None:
-    tifffile.imwrite(tmp_path / "noisy.tif", np.random.default_rng(0).poisson(0.45, shape).astype(kind))
+    movie = np.random.default_rng(0).poisson(0.45, shape).astype(kind)
+    tifffile.imwrite(tmp_path / "noisy.tif", movie, photometric="minisblack")
     done = emstream("denoise", tmp_path / "noisy.tif", tmp_path / "clean.tif", "--engine", ROOT / "engines/unet32.onnx",
                     "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -184,7 +192,9 @@ def test_wrong_use_is_explained_in_a_line(arguments: tuple[str, ...], code: int,
 def test_output_port_in_use_is_explained(context: zmq.Context[Any]) -> None:
     taken = context.socket(zmq.PUB)
     port = taken.bind_to_random_port("tcp://127.0.0.1")
-    done = emstream("serve", "--input", "sim://", "--engine", "identity", "--output", f"tcp://127.0.0.1:{port}")
+    done = emstream(
+        "serve", "--input", "sim://", "--engine", "identity", "--output", f"tcp://127.0.0.1:{port}"
+    )
     assert done.returncode == 1
     assert "the address is in use" in done.stderr
     taken.close()
@@ -199,7 +209,9 @@ def test_help_has_an_example(command: str) -> None:
 
 def test_service_imports_neither_torch_nor_the_laboratory() -> None:
     code = "import sys, emstream.serve, emstream.cli; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     tops = {name.split(".")[0] for name in modules}
     assert not tops & {"torch", "abtem", "ase", "matplotlib", "scipy", "onnx", "train", "bench", "starlette"}
 
@@ -210,10 +222,16 @@ def test_fifteen_lines_of_plain_pyzmq_read_the_output(rig: Any) -> None:
     client = re.search(r"```python\n(# plain client.*?)```", readme, re.S)
     assert client, "the README has lost its plain client"
     run = rig({"input": "sim://?rate=50&height=64&width=64", "output": "tcp://127.0.0.1:*"})
-    code = client[1].replace("tcp://127.0.0.1:5556", run.service.publisher.endpoint).replace("while True", "for _ in range(3)")
+    code = (
+        client[1]
+        .replace("tcp://127.0.0.1:5556", run.service.publisher.endpoint)
+        .replace("while True", "for _ in range(3)")
+    )
     assert "emstream" not in "".join(line for line in code.splitlines(True) if "import" in line)
     run.start()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3
     assert "(64, 64)" in done.stdout
