@@ -64,6 +64,9 @@ class Publisher:
                 self._send(RAW, wire.map_of(header), slot.counts[row])
             message = wire.map_of(header)
             message["type"] = "float32"
+            # A camera has no say in these.
+            message.pop("dose", None)
+            message.pop("in_domain", None)
             if self._dose_range:
                 message["dose"], message["in_domain"] = self._domain(slot.counts[row])
             message["engine"] = self._engine

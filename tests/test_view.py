@@ -32,7 +32,8 @@ from emstream.inference import EngineCard, IdentityEngine
 from emstream.intake import Overrun
 from emstream.view import ViewServer
 from emstream.view import server as view_server
-from emstream.view.server import PERCENTILES, Painter, Pair, Receiver, Scale, shrink
+from emstream.view.picture import PERCENTILES, Painter, Scale, shrink
+from emstream.view.receiver import Pair, Receiver
 from tests.conftest import Rig, message
 
 DEADLINE_S = 20

@@ -1,7 +1,8 @@
 """The live page of ``emstream view``: raw beside denoised in any browser, tablets included.
 
-``server.py`` receives from a running emstream and serves the page; ``page.html``,
-``page.css`` and ``page.js`` are the page, as they are: no build step, nothing from the network.
+``receiver.py`` listens to a running emstream, ``picture.py`` paints, ``server.py`` serves the page to
+browsers; ``page.html``, ``page.css`` and ``page.js`` are the page, as they are: no build step, nothing
+from the network.
 """
 
 from __future__ import annotations

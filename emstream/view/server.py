@@ -22,21 +22,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import json
-import math
 import socket
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import uvicorn
-import zmq
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -45,24 +39,12 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from emstream import client, wire
-from emstream.errors import MalformedFrame, OutputError, SourceError
-from emstream.frame import Frame, now_ns
-from emstream.publish import DENOISED, RAW, STATS
+from emstream.errors import OutputError, SourceError
+from emstream.view.picture import Painter, Picture
+from emstream.view.receiver import Receiver
 
-SHOWN_PX = 1024  # frames much larger than this are averaged down to about this side
-PERCENTILES = (0.5, 99.5)  # what is shown black and white
-QUIET_NS = 2_000_000_000  # without a frame for this long, the page says so
-_SILENT_NS = 3_000_000_000  # `emstream serve` says something every second
-_RATE_SPAN_NS = 2_000_000_000
-_SCALE_FOLLOWS_NS = 300_000_000
-_SAMPLE_PX = 50_000  # enough for a percentile that the eye cannot tell from the exact one
 _STATUS_EVERY_S = 0.5
-_POLL_MS = 100  # how soon a stop is noticed
 _START_S = 10.0
-
-_COUNTERS = ("received", "published", "dropped", "rejected", "failed", "in_flight", "missing")
-_STAGES = ("received", "batched", "inferred", "published")
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -74,260 +56,6 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
-
-
-# -- receiving ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """What the camera sent and what the engine made of it."""
-
-    raw: Frame
-    denoised: Frame
-    arrived_ns: int
-
-
-class Receiver:
-    """Keeps the newest pair of a running emstream. One thread writes, any thread reads."""
-
-    def __init__(self, endpoint: str, on_pair: Callable[[], None] = lambda: None) -> None:
-        self.endpoint = endpoint
-        self.newest: Pair | None = None
-        self._on_pair = on_pair
-        self._raw: Frame | None = None
-        self._heard_ns: int | None = None
-        self._ledger: dict[str, float] = {}
-        self._engine: dict[str, str] = {}
-        self._published: deque[tuple[int, int]] = deque()
-        self._frames_per_s: float | None = None
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Subscribe, and receive in a thread. An emstream that is not there yet is waited for."""
-        subscriber: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
-        subscriber.linger = 0
-        subscriber.rcvhwm = client.QUEUE_FRAMES
-        try:
-            subscriber.connect(self.endpoint)
-        except zmq.ZMQError as error:
-            subscriber.close()
-            raise SourceError(f"cannot subscribe to {self.endpoint}: {error.strerror}") from None
-        for topic in (RAW, DENOISED, STATS):
-            subscriber.subscribe(topic)
-        self._thread = threading.Thread(
-            target=self._run, args=(subscriber,), name="view-receiver", daemon=True
-        )
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        if self._thread:
-            self._thread.join()
-
-    def status(self) -> dict[str, Any]:
-        """What there is to say without a picture."""
-        now, pair = now_ns(), self.newest
-        quiet_ns = now - pair.arrived_ns if pair else None
-        quiet = quiet_ns is not None and quiet_ns > QUIET_NS
-        return {
-            "state": "waiting" if pair is None else "quiet" if quiet else "live",
-            "input": self.endpoint,
-            "serving": self._heard_ns is not None and now - self._heard_ns < _SILENT_NS,
-            "quiet_s": None if quiet_ns is None else round(quiet_ns / 1e9, 1),
-            "frames_per_s": 0.0 if quiet else self._frames_per_s,
-            "ledger": self._ledger,
-            "engine": self._engine,
-        }
-
-    def _run(self, subscriber: zmq.Socket[bytes]) -> None:
-        try:
-            while not self._stopping.is_set():
-                if subscriber.poll(_POLL_MS):
-                    with contextlib.suppress(MalformedFrame):
-                        self._receive(subscriber.recv_multipart(copy=False))
-        finally:
-            subscriber.close()
-
-    def _receive(self, parts: list[zmq.Frame]) -> None:
-        self._heard_ns = now_ns()
-        if parts[0].bytes == STATS and len(parts) > 1:
-            self._note(wire.unpack(parts[1].bytes))
-            return
-        frame, _ = client.read(parts)
-        if frame is None:
-            return
-        if frame.topic == RAW.decode():
-            self._raw = frame
-            return
-        self._note(frame.header.extra)
-        self._note_rate(frame)
-        # The raw frame is published just before its denoised one.
-        if self._raw is not None and _identity(self._raw) == _identity(frame):
-            self.newest = Pair(self._raw, frame, self._heard_ns)
-            self._on_pair()
-
-    def _note(self, message: dict[str, Any]) -> None:
-        self._ledger = _numbers(message.get("ledger"), _COUNTERS) or self._ledger
-        engine = message.get("engine")
-        if isinstance(engine, dict):
-            self._engine = {
-                key: engine[key][:200]
-                for key in ("name", "sha256", "device")
-                if isinstance(engine.get(key), str)
-            }
-
-    def _note_rate(self, frame: Frame) -> None:
-        """Frames per second that were published, whether or not they came here."""
-        published_ns = _numbers(frame.header.extra.get("stages_ns"), _STAGES).get("published")
-        published = self._ledger.get("published")
-        if published_ns is None or published is None:
-            return
-        samples = self._published
-        if samples and published <= samples[-1][1]:  # another run of the service
-            samples.clear()
-        samples.append((int(published_ns), int(published)))
-        while published_ns - samples[0][0] > _RATE_SPAN_NS:
-            samples.popleft()
-        span_ns = samples[-1][0] - samples[0][0]
-        self._frames_per_s = (samples[-1][1] - samples[0][1]) / span_ns * 1e9 if span_ns > 0 else None
-
-
-def _identity(frame: Frame) -> tuple[Any, ...]:
-    header = frame.header
-    return header.source, header.series, header.frame, header.shape
-
-
-def _numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
-    """The finite numbers among `names` in a map from the wire, which may be anything."""
-    if not isinstance(message, dict):
-        return {}
-    values = {name: message.get(name) for name in names}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }
-
-
-# -- painting -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Picture:
-    """A pair ready to be sent."""
-
-    pair: Pair
-    header: dict[str, Any]
-    pixels: bytes
-    """raw, then denoised: uint8 (h, w) each"""
-
-
-class Painter:
-    """Turns pairs into pictures, in order; the grey scales follow the frames smoothly."""
-
-    def __init__(self) -> None:
-        self._series: tuple[Any, ...] | None = None
-        self._raw, self._denoised = Scale(), Scale()
-
-    def paint(self, pair: Pair) -> Picture:
-        header = pair.raw.header
-        series = (header.source, header.series, header.shape)
-        if series != self._series:
-            self._series, self._raw, self._denoised = series, Scale(), Scale()
-        raw, denoised = shrink(pair.raw.data), shrink(pair.denoised.data)
-        self._raw.follow(raw, pair.arrived_ns)
-        self._denoised.follow(denoised, pair.arrived_ns)
-        extra = pair.denoised.header.extra
-        in_domain = extra.get("in_domain")
-        facts = {
-            "source": header.source,
-            "series": header.series,
-            "frame": header.frame,
-            "frame_shape": header.shape,
-            "shape": raw.shape,
-            "units": header.units,
-            "dose": _numbers(extra, ["dose"]).get("dose"),
-            "in_domain": in_domain if isinstance(in_domain, bool) else None,
-            "latency_ms": _latency_ms(pair.denoised),
-            "raw": {"low": self._raw.low, "high": self._raw.high},
-            "denoised": {"low": self._denoised.low, "high": self._denoised.high},
-        }
-        return Picture(pair, facts, self._raw.grey(raw).tobytes() + self._denoised.grey(denoised).tobytes())
-
-
-class Scale:
-    """Which value is shown black and which white."""
-
-    def __init__(self) -> None:
-        self.low = self.high = math.nan
-        self._followed_ns: int | None = None
-
-    def follow(self, image: np.ndarray, at_ns: int) -> None:
-        """Move towards the image's percentiles, so slowly that one frame's noise makes no flicker."""
-        low, high = _percentiles(image)
-        if self._followed_ns is None:
-            self.low, self.high = low, high
-        else:
-            weight = -math.expm1((self._followed_ns - at_ns) / _SCALE_FOLLOWS_NS)
-            self.low += weight * (low - self.low)
-            self.high += weight * (high - self.high)
-        self._followed_ns = at_ns
-
-    @np.errstate(over="ignore", invalid="ignore")  # an engine may put out anything
-    def grey(self, image: np.ndarray) -> np.ndarray:
-        """`image` as uint8: `low` and what lies below is 0, `high` and what lies above 255."""
-        grey = image.astype(np.float32)
-        grey -= self.low
-        grey *= 255 / (self.high - self.low)
-        np.rint(grey, out=grey)
-        np.clip(grey, 0, 255, out=grey)
-        return grey.astype(np.uint8)
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def shrink(image: np.ndarray) -> np.ndarray:
-    """Average squares of pixels into one, so that the sides come out at about SHOWN_PX or less.
-
-    Rows and columns at the end that fill no square are left out.
-    """
-    factor = min(max(1, round(max(image.shape) / SHOWN_PX)), *image.shape)
-    if factor == 1:
-        return image
-    rows, columns = (length // factor * factor for length in image.shape)
-    total = np.zeros((rows // factor, columns // factor), np.float32)
-    for row in range(factor):  # strided sums: four times faster than mean() over a reshaped view
-        for column in range(factor):
-            total += image[row:rows:factor, column:columns:factor]
-    total /= factor**2
-    return total
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def _percentiles(image: np.ndarray) -> tuple[float, float]:
-    step = (image.size // _SAMPLE_PX) | 1  # odd, so as not to fall in step with the rows
-    sample = image.reshape(-1)[::step].astype(np.float32)
-    sample = sample[np.isfinite(sample)]
-    if not sample.size:
-        return 0.0, 1.0
-    low, high = (float(value) for value in np.percentile(sample.astype(np.float64), PERCENTILES))
-    magnitude = max(1.0, abs(low))
-    return low, high if high - low > 1e-6 * magnitude else low + magnitude
-
-
-def _latency_ms(frame: Frame) -> dict[str, float]:
-    """The frame's own latencies [ms], named as the ledger names them."""
-    at_ns = _numbers(frame.header.extra.get("stages_ns"), _STAGES)
-    if len(at_ns) < len(_STAGES):
-        return {}
-    spans = [*itertools.pairwise(_STAGES), (_STAGES[0], _STAGES[-1])]
-    latency = {f"{start}_to_{end}": round((at_ns[end] - at_ns[start]) / 1e6, 3) for start, end in spans}
-    latency["total"] = latency.pop("received_to_published")
-    return latency
-
-
-# -- serving --------------------------------------------------------------------
 
 
 class ViewServer:

@@ -1,0 +1,157 @@
+"""Subscribes to a running emstream and keeps the newest pair: what the camera sent, what the engine made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from emstream import client, wire
+from emstream.errors import MalformedFrame, SourceError
+from emstream.frame import Frame, now_ns
+from emstream.publish import DENOISED, RAW, STATS
+
+QUIET_NS = 2_000_000_000  # without a frame for this long, the page says so
+_SILENT_NS = 3_000_000_000  # `emstream serve` says something every second
+_RATE_SPAN_NS = 2_000_000_000
+_POLL_MS = 100  # how soon a stop is noticed
+STAGES = ("received", "batched", "inferred", "published")
+_COUNTERS = ("received", "published", "dropped", "rejected", "failed", "in_flight", "missing")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """What the camera sent and what the engine made of it."""
+
+    raw: Frame
+    denoised: Frame
+    arrived_ns: int
+
+
+class Receiver:
+    """Keeps the newest pair of a running emstream. One thread writes, any thread reads."""
+
+    def __init__(self, endpoint: str, on_pair: Callable[[], None] = lambda: None) -> None:
+        self.endpoint = endpoint
+        self.newest: Pair | None = None
+        self._on_pair = on_pair
+        self._raw: Frame | None = None
+        self._heard_ns: int | None = None
+        self._ledger: dict[str, float] = {}
+        self._engine: dict[str, str] = {}
+        self._published: deque[tuple[int, int]] = deque()
+        self._frames_per_s: float | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Subscribe, and receive in a thread. An emstream that is not there yet is waited for."""
+        subscriber: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        subscriber.linger = 0
+        subscriber.rcvhwm = client.QUEUE_FRAMES
+        try:
+            subscriber.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            subscriber.close()
+            raise SourceError(f"cannot subscribe to {self.endpoint}: {error.strerror}") from None
+        for topic in (RAW, DENOISED, STATS):
+            subscriber.subscribe(topic)
+        self._thread = threading.Thread(
+            target=self._run, args=(subscriber,), name="view-receiver", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread:
+            self._thread.join()
+
+    def status(self) -> dict[str, Any]:
+        """What there is to say without a picture."""
+        now, pair = now_ns(), self.newest
+        quiet_ns = now - pair.arrived_ns if pair else None
+        quiet = quiet_ns is not None and quiet_ns > QUIET_NS
+        return {
+            "state": "waiting" if pair is None else "quiet" if quiet else "live",
+            "input": self.endpoint,
+            "serving": self._heard_ns is not None and now - self._heard_ns < _SILENT_NS,
+            "quiet_s": None if quiet_ns is None else round(quiet_ns / 1e9, 1),
+            "frames_per_s": 0.0 if quiet else self._frames_per_s,
+            "ledger": self._ledger,
+            "engine": self._engine,
+        }
+
+    def _run(self, subscriber: zmq.Socket[bytes]) -> None:
+        try:
+            while not self._stopping.is_set():
+                if subscriber.poll(_POLL_MS):
+                    with contextlib.suppress(MalformedFrame):
+                        self._receive(subscriber.recv_multipart(copy=False))
+        finally:
+            subscriber.close()
+
+    def _receive(self, parts: list[zmq.Frame]) -> None:
+        self._heard_ns = now_ns()
+        if parts[0].bytes == STATS and len(parts) > 1:
+            self._note(wire.unpack(parts[1].bytes))
+            return
+        frame, _ = client.read(parts)
+        if frame is None:
+            return
+        if frame.topic == RAW.decode():
+            self._raw = frame
+            return
+        self._note(frame.header.extra)
+        self._note_rate(frame)
+        # The raw frame is published just before its denoised one.
+        if self._raw is not None and _identity(self._raw) == _identity(frame):
+            self.newest = Pair(self._raw, frame, self._heard_ns)
+            self._on_pair()
+
+    def _note(self, message: dict[str, Any]) -> None:
+        self._ledger = numbers(message.get("ledger"), _COUNTERS) or self._ledger
+        engine = message.get("engine")
+        if isinstance(engine, dict):
+            self._engine = {
+                key: engine[key][:200]
+                for key in ("name", "sha256", "device")
+                if isinstance(engine.get(key), str)
+            }
+
+    def _note_rate(self, frame: Frame) -> None:
+        """Frames per second that were published, whether or not they came here."""
+        published_ns = numbers(frame.header.extra.get("stages_ns"), STAGES).get("published")
+        published = self._ledger.get("published")
+        if published_ns is None or published is None:
+            return
+        samples = self._published
+        if samples and published <= samples[-1][1]:  # another run of the service
+            samples.clear()
+        samples.append((int(published_ns), int(published)))
+        while published_ns - samples[0][0] > _RATE_SPAN_NS:
+            samples.popleft()
+        span_ns = samples[-1][0] - samples[0][0]
+        self._frames_per_s = (samples[-1][1] - samples[0][1]) / span_ns * 1e9 if span_ns > 0 else None
+
+
+def _identity(frame: Frame) -> tuple[Any, ...]:
+    header = frame.header
+    return header.source, header.series, header.frame, header.shape
+
+
+def numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
+    """The finite numbers among `names` in a map from the wire, which may be anything."""
+    if not isinstance(message, dict):
+        return {}
+    values = {name: message.get(name) for name in names}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
