@@ -246,6 +246,7 @@ def denoise(
     output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy .tif .h5 .mrc")],
     engine: EnginePath = None,
     dataset: Annotated[str | None, typer.Option(help="Which dataset of an HDF5 file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
     precision: Precision = None,
@@ -272,7 +273,7 @@ def denoise(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(input.name, total=None)
         report = denoise_file(
-            input, output, loaded, gain=gain, offset=offset, dataset=dataset,
+            input, output, loaded, gain=gain, offset=offset, dataset=dataset, overwrite=overwrite,
             on_frame=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     if not report["in_domain"]:

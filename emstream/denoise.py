@@ -15,6 +15,7 @@ import numpy as np
 import emstream
 from emstream.errors import EngineError, FileFormatError
 from emstream.inference.engine import Engine
+from emstream.intake import check_calibration
 from emstream.movies import Movie, check_output, open_movie, save_movie
 
 
@@ -56,10 +57,7 @@ def denoise_file(
     electron counts (NaN, a negative mean), EngineError when the engine fails, ValueError for a
     gain or offset that makes no sense.
     """
-    if not (np.isfinite(gain) and gain > 0):
-        raise ValueError(f"gain must be positive, got {gain} ADU per electron")
-    if not np.isfinite(offset):
-        raise ValueError(f"offset must be a number, got {offset} ADU")
+    check_calibration(gain, offset)
     input, output = Path(input), Path(output)
     if output.exists() and input.exists() and output.samefile(input):
         raise FileFormatError(f"{output} is the input itself; choose another name for the output")

@@ -14,6 +14,7 @@ are numbers live here, so that every source has them alike.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from dataclasses import replace
 from enum import StrEnum
@@ -47,6 +48,22 @@ class Source(Protocol):
         """Hand frames to `intake` until the camera is done or `stop` is set; then return within a second."""
 
 
+def check_calibration(gain: float, offset: float) -> None:
+    """Refuse a gain [ADU per electron] or an offset [ADU] that no camera has."""
+    if not (math.isfinite(gain) and gain > 0):
+        raise ValueError(f"gain must be positive, got {gain} ADU per electron")
+    if not math.isfinite(offset):
+        raise ValueError(f"offset must be a number, got {offset} ADU")
+
+
+def _all_finite(pixels: np.ndarray) -> bool:
+    """Whether no pixel is NaN or infinite. One sum tells, nearly always, without a temporary array."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.add.reduce(pixels, axis=None)):
+            return True
+    return bool(np.isfinite(pixels).all())
+
+
 class Intake:
     """The producer's side of the pipeline; one source thread calls it."""
 
@@ -60,10 +77,7 @@ class Intake:
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
     ) -> None:
         """`gain` [ADU per electron] and `offset` [ADU] turn a camera's ADU into electrons."""
-        if not (np.isfinite(gain) and gain > 0):
-            raise ValueError(f"gain must be positive, got {gain} ADU per electron")
-        if not np.isfinite(offset):
-            raise ValueError(f"offset must be a number, got {offset} ADU")
+        check_calibration(gain, offset)
         if max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {max_frame_bytes} bytes")
         self.max_frame_bytes = max_frame_bytes
@@ -111,7 +125,7 @@ class Intake:
         if header.endianness != "little":
             written.byteswap(inplace=True)
             header.endianness = "little"
-        if written.dtype.kind == "f" and not np.isfinite(np.add.reduce(written, axis=None)):
+        if written.dtype.kind == "f" and not _all_finite(written):
             self._ring.cancel()
             self._count_rejected("pixels are not numbers (NaN or infinite)")
             return

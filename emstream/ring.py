@@ -28,6 +28,7 @@ import numpy as np
 
 from emstream.frame import FrameHeader, now_ns
 
+_MAX_MARKS = 100
 _SLOT_NBYTES = 256 * 1024**2
 Allocator = Callable[[int], np.ndarray]
 
@@ -127,6 +128,7 @@ class Ring:
             raise ValueError(f"max_wait must not be negative, got {max_wait_ns / 1e6} ms")
         self.max_batch = max_batch
         self._max_wait_ns = max_wait_ns
+        self._max_waiting = slots + _MAX_MARKS
         self._allocate = allocate
         self._changed = threading.Condition()
         self._free = deque(Slot(index) for index in range(slots))
@@ -182,6 +184,9 @@ class Ring:
         with self._changed:
             self._close_filling()
             self._waiting.append(mark)
+            if len(self._waiting) > self._max_waiting:
+                # A camera that only starts and ends series: forget the oldest mark.
+                self._waiting.remove(next(item for item in self._waiting if isinstance(item, SeriesMark)))
             self._changed.notify_all()
 
     def evict(self) -> int:

@@ -96,6 +96,20 @@ def test_frame_with_a_pixel_that_is_no_number_is_rejected(bad: float) -> None:
     assert desk.numbers() == [1]
 
 
+def test_infinities_of_both_signs_are_rejected_quietly() -> None:
+    desk = Desk()
+    pixels = np.ones(SHAPE, np.float32)
+    pixels[0, 0], pixels[1, 1] = np.inf, -np.inf
+    desk.give(header(0, SHAPE, "float32"), pixels)
+    assert desk.ledger.snapshot()["rejected"] == 1
+
+
+def test_huge_but_finite_pixels_are_taken() -> None:
+    desk = Desk()
+    desk.give(header(0, SHAPE, "float32"), np.full(SHAPE, 3e38, np.float32))
+    assert desk.numbers() == [0]
+
+
 def test_big_endian_pixels_are_turned_round() -> None:
     desk = Desk()
     pixels = np.arange(64, dtype=np.uint16).reshape(SHAPE)

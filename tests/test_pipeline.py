@@ -235,6 +235,8 @@ def test_dose_outside_the_engines_range_is_flagged_in_the_header(rig: Any, engin
 
 def test_thread_that_dies_ends_the_service_with_its_error(rig: Any) -> None:
     class Broken:
+        lossless = False
+
         def run(self, intake: Any, stop: threading.Event) -> None:
             raise RuntimeError("sensor on fire")
 

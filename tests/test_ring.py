@@ -155,6 +155,19 @@ def test_mark_keeps_its_place_among_the_frames() -> None:
     assert claimed(ring).headers[0].frame == 1
 
 
+def test_marks_without_frames_do_not_pile_up() -> None:
+    ring = Ring(slots=2, max_batch=1)
+    put(ring, 0)
+    for n in range(1000):
+        ring.mark(SeriesMark({"n": n}))
+    ring.close()
+    items = list(iter(ring.claim, None))
+    assert len(items) <= 102
+    assert isinstance(items[0], Slot)
+    assert isinstance(items[-1], SeriesMark)
+    assert items[-1].message == {"n": 999}
+
+
 def test_consumer_waits_while_a_row_is_being_written() -> None:
     ring = Ring(slots=2, max_batch=2)
     put(ring, 0)

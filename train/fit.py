@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--hours", type=float, help="instead of the recipe's")
+    parser.add_argument("--no-compile", action="store_true", help="start at once; each step takes longer")
     arguments = parser.parse_args()
     recipe = Recipe.read(arguments.recipe)
     budget_s = 3600 * (arguments.hours or recipe.hours)
@@ -140,7 +141,7 @@ def main() -> None:
     for module in network.modules():
         if isinstance(module, BiasFreeBatchNorm):
             module.eval()
-    compiled = torch.compile(network)
+    compiled = network if arguments.no_compile else torch.compile(network)
 
     log_path = arguments.out / "log.csv"
     new_log = not log_path.exists()

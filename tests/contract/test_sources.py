@@ -6,6 +6,7 @@ pixels and returns the ``--input`` URL to receive it by.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -43,9 +44,8 @@ class Cameras:
     def push(self, messages: list[list[Any]]) -> str:
         """Send once a receiver is there."""
         socket = self.socket(zmq.PUSH)
-
         def send() -> None:
-            if socket.poll(10_000, zmq.POLLOUT):
+            with contextlib.suppress(zmq.Again):  # the receiver has stopped before the end
                 for parts in messages:
                     socket.send_multipart(parts)
 
@@ -56,6 +56,7 @@ class Cameras:
         socket = self.context.socket(kind)
         socket.linger = 0
         socket.sndhwm = 1000
+        socket.sndtimeo = 1000
         socket.bind(f"ipc://{self.folder}/camera")
         self.sockets.append(socket)
         return socket

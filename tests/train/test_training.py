@@ -1,0 +1,225 @@
+"""From simulated images to an engine, in small."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the laboratory needs: pip install 'emstream[train]'")
+pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream[train]'")
+
+from emstream import load_engine
+from emstream.inference import EngineCard
+from train.dataset import Images
+from train.evaluate import evaluate, psnr_ssim
+from train.export import field_of_view_px, fold_norms, write_onnx, write_pt2
+from train.fit import Recipe, psnr
+from train.models import UNet
+from train.noise import DOSE_RANGE, draw_doses, expose
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "train/recipes/unet32-cpu.toml"
+CARD = EngineCard(
+    name="small", architecture="UNet", parameters=1, field_of_view_px=221, bias_free=True, dose_range=(0.1, 10.0),
+    sampling_pm=6.2, psnr_db=0.0, ssim=0.0, trained="not", commit="none",
+)  # fmt: skip
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("simulated")
+    done = run(
+        "train.simulate", folder, "--specimens", 2, "--images-each", 2, "--workers", 1, "--first-seed", 5
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def network() -> UNet:
+    torch.manual_seed(0)
+    return UNet(8).eval()
+
+
+def test_images_are_one_in_vacuum_and_have_the_contrast_of_measured_ones(simulated: Path) -> None:
+    images = Images(simulated)
+    assert len(images) == len(images.parameters) == 4
+    vacuum = images.images[:, 25:60].float()
+    assert abs(vacuum.mean().item() - 1) < 0.05
+    views = 0.45 * images.central_views(512)
+    assert 0.005 < views.std(dim=(1, 2, 3)).min() < views.std(dim=(1, 2, 3)).max() < 0.2
+
+
+def test_every_image_knows_its_parameters(simulated: Path) -> None:
+    for parameters in Images(simulated).parameters:
+        assert set(parameters) >= {"seed", "shape", "defect", "thickness_nm", "defocus_nm", "blur_a"}
+
+
+def test_simulation_goes_on_where_it_was_killed(simulated: Path) -> None:
+    shard = next(simulated.glob("shard-*.h5"))
+    before = shard.stat().st_mtime_ns
+    (simulated / "shard-999999.partial").write_bytes(b"half")
+    assert (
+        run("train.simulate", simulated, "--specimens", 2, "--images-each", 2, "--first-seed", 5).returncode
+        == 0
+    )
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_missing_data_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"python -m train\.simulate"):
+        Images(tmp_path)
+
+
+def test_view_without_turning_is_the_image_itself(simulated: Path) -> None:
+    images = Images(simulated)
+    one, flat = torch.ones(1), torch.zeros(1)
+    view = images.view(torch.tensor([0]), 128, one * images.sampling_a, flat, one, torch.zeros(1, 2))
+    size = images.images.shape[-1]
+    part = images.images[0, size // 2 - 64 : size // 2 + 64, size // 2 - 64 : size // 2 + 64].float()
+    assert (view[0, 0] - part).abs().max() < 1e-2
+
+
+def test_random_views_differ_and_repeat_with_the_generator(simulated: Path) -> None:
+    images = Images(simulated)
+    first, again = (images.random_views(3, 64, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_doses_cover_the_range_and_favour_the_papers() -> None:
+    doses = draw_doses(4000, torch.Generator().manual_seed(0))
+    assert doses.min() >= DOSE_RANGE[0] * 0.99
+    assert doses.max() <= DOSE_RANGE[1] * 1.01
+    assert ((doses - 0.45).abs() < 0.15).float().mean() > 0.45
+
+
+def test_noise_is_poisson() -> None:
+    counts = expose(torch.ones(2, 1, 200, 200), torch.tensor([0.45, 5.0]), torch.Generator().manual_seed(0))
+    for counted, dose in zip(counts, (0.45, 5.0), strict=True):
+        assert counted.mean().item() == pytest.approx(dose, rel=0.03)
+        assert (counted.var() / counted.mean()).item() == pytest.approx(1, rel=0.04)
+
+
+@pytest.mark.parametrize(("base", "parameters"), [(32, 352_000), (64, 1_404_416), (128, 5_610_496)])
+def test_networks_have_the_papers_parameters(base: int, parameters: int) -> None:
+    assert sum(p.numel() for p in UNet(base).parameters()) == parameters
+
+
+def test_field_of_view_is_the_papers() -> None:
+    assert field_of_view_px(UNet(32)) == 221
+
+
+def test_network_is_bias_free(network: UNet) -> None:
+    x = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network(7 * x), 7 * network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_and_inference_compute_the_same(network: UNet) -> None:
+    x = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        truth = network(x)
+        network.train()
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        torch.testing.assert_close(network(x), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_folding_the_norms_changes_nothing(network: UNet) -> None:
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+    x = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        truth = network(x)
+        fold_norms(network)
+        torch.testing.assert_close(network(x), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_exported_engines_compute_what_the_network_does(network: UNet, tmp_path: Path) -> None:
+    fold_norms(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_onnx(network, tmp_path / "small.onnx", CARD)
+        write_pt2(network, tmp_path / "small.pt2", CARD)
+    counts = np.random.default_rng(0).poisson(0.45, (96, 160)).astype(np.uint8)
+    with torch.no_grad():
+        truth = network(torch.from_numpy(counts)[None, None].float())[0, 0].numpy()
+    for engine in (
+        load_engine(tmp_path / "small.onnx", precision="f32"),
+        load_engine(tmp_path / "small.pt2"),
+    ):
+        assert engine.card == CARD
+        np.testing.assert_allclose(
+            engine.denoise(counts), truth, rtol=1e-3, atol=1e-5 * np.abs(truth).max() * 100
+        )
+
+
+def test_psnr_is_the_papers() -> None:
+    truth = np.full((32, 32), 0.45)
+    db, _ = psnr_ssim(truth + 0.03, truth)
+    assert db == pytest.approx(30.46, abs=0.01)
+    assert psnr(torch.full((1, 1, 8, 8), 0.48), torch.full((1, 1, 8, 8), 0.45)).item() == pytest.approx(
+        db, abs=1e-3
+    )
+
+
+def test_evaluation_prefers_the_truth() -> None:
+    view = np.random.default_rng(0).uniform(0.5, 1.5, (64, 64)).astype(np.float32)
+    scores = evaluate({"noisy": lambda y: y, "mean": lambda y: np.full_like(y, y.mean())}, [view], 0.45)
+    assert scores["mean"]["psnr_db"] > scores["noisy"]["psnr_db"]
+
+
+def recipe(tmp_path: Path, simulated: Path, **change: object) -> Path:
+    values = tomllib.loads(RECIPE.read_text()) | {
+        "train": str(simulated), "validate": str(simulated), "hours": 0.002, "batch": 1, "crop_px": 64, "base": 4,
+    } | change  # fmt: skip
+    path = tmp_path / "recipe.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    return path
+
+
+def test_training_learns_resumes_and_logs(tmp_path: Path, simulated: Path) -> None:
+    path = recipe(tmp_path, simulated)
+    done = run("train.fit", path, tmp_path / "run", "--no-compile")
+    assert done.returncode == 0, done.stderr
+    first = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert first["step"] > 0
+    assert (tmp_path / "run/best.pt").exists()
+    done = run("train.fit", path, tmp_path / "run", "--no-compile", "--hours", 0.004)
+    assert done.returncode == 0, done.stderr
+    second = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert second["step"] > first["step"]
+    with (tmp_path / "run/log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["step"]) == second["step"]
+    assert float(rows[-1]["validation_psnr_db"]) > 0
+    done = run("train.fit", recipe(tmp_path, simulated, base=8), tmp_path / "run")
+    assert done.returncode != 0
+    assert "choose another OUTDIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("colour = 3\n", "unknown key colour"), ("", "missing key"), ("= 1", "Invalid")]
+)
+def test_bad_recipe_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text if text != "colour = 3\n" else RECIPE.read_text() + text)
+    with pytest.raises(ValueError, match=message):
+        Recipe.read(path)
