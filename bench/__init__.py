@@ -2,6 +2,7 @@
 
 throughput.py   the transport against a bare pyzmq relay
 engines.py      the same network in OpenVINO, ONNX Runtime and PyTorch
+quality.py      the picture against the truth, and against a tuned blur
 latency.py      scheduled send to a subscriber's receipt, stage by stage, at several loads
 rig.py          the processes around a service under test
 report.py       tables and files in results/

@@ -32,7 +32,6 @@ import zmq
 from emstream import wire
 from emstream.frame import now_ns
 from emstream.publish import DENOISED
-from emstream.publish import QUEUE_FRAMES as OUTPUT_QUEUE_FRAMES
 from emstream.serve import Settings, build, stop_on_signals
 from emstream.sources.zmq import QUEUE_FRAMES as INPUT_QUEUE_FRAMES
 
@@ -259,7 +258,7 @@ class Subscriber:
     def __init__(self, endpoint: str, receipts_endpoint: str) -> None:
         context = zmq.Context.instance()
         self._input = context.socket(zmq.SUB)
-        self._input.rcvhwm = OUTPUT_QUEUE_FRAMES
+        self._input.rcvhwm = INPUT_QUEUE_FRAMES
         self._input.rcvtimeo = _PATIENCE_MS
         self._input.connect(endpoint)
         self._input.subscribe(DENOISED)
