@@ -168,8 +168,7 @@ def _onnxruntime(path: Path, threads: int) -> Denoise:
     name = session.get_inputs()[0].name
 
     def denoise(counts: np.ndarray) -> np.ndarray:
-        expected: np.ndarray = session.run(None, {name: counts.astype(np.float32)})[0]
-        return expected
+        return np.asarray(session.run(None, {name: counts.astype(np.float32)})[0])
 
     return denoise
 

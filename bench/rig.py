@@ -94,13 +94,13 @@ class Child:
 
     @property
     def rss_bytes(self) -> int:
-        return psutil.Process(self._process.pid).memory_info().rss
+        return int(psutil.Process(self._process.pid).memory_info().rss)
 
     @property
     def cpu_s(self) -> float:
         """Processor time used so far, user and system, all threads."""
         times = psutil.Process(self._process.pid).cpu_times()
-        return times.user + times.system
+        return float(times.user + times.system)
 
     def close(self) -> None:
         self._process.join(timeout=5)
@@ -182,7 +182,7 @@ class Camera:
     """Sends frames made beforehand."""
 
     def __init__(self, size: int, kind: str) -> None:
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._epoch_ns = epoch_ns()
         self._header = {
             "htype": wire.FRAME,
@@ -256,7 +256,7 @@ class Subscriber:
     """Receives what is published as ``denoised`` and gives the camera the receipts it asks for."""
 
     def __init__(self, endpoint: str, receipts_endpoint: str) -> None:
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._input = context.socket(zmq.SUB)
         self._input.rcvhwm = INPUT_QUEUE_FRAMES
         self._input.rcvtimeo = _PATIENCE_MS

@@ -151,7 +151,7 @@ def _camera(pipe: Connection, frames: int, size: int, kind: str, window: int) ->
 
 
 def _relay(pipe: Connection, endpoint: str, queue: int) -> None:
-    context = zmq.Context.instance()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     receiving = context.socket(zmq.PULL)
     receiving.rcvhwm = INPUT_QUEUE_FRAMES
     receiving.connect(endpoint)

@@ -66,7 +66,7 @@ def main() -> None:
     for dose in arguments.doses:
         indices = range(0, len(images), arguments.every)
         views = (images.central_views(VIEW_PX, [index])[0, 0].numpy() for index in indices)
-        views = tqdm(views, total=len(indices), unit="image", desc=f"{dose} e/px")
+        views = tqdm(views, total=len(indices), unit="image", desc=f"{dose} e/px", mininterval=5)
         scores = evaluate({"noisy": lambda counts: counts, engine.name: engine.denoise}, views, dose)
         print(json.dumps({"dose": dose, "engine": engine.identity, **scores}))
 

@@ -44,6 +44,7 @@ class Cameras:
     def push(self, messages: list[list[Any]]) -> str:
         """Send once a receiver is there."""
         socket = self.socket(zmq.PUSH)
+
         def send() -> None:
             with contextlib.suppress(zmq.Again):  # the receiver has stopped before the end
                 for parts in messages:

@@ -1,0 +1,111 @@
+"""The benches run and write what the README reads. Their numbers are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("psutil")
+
+ROOT = Path(__file__).parent.parent
+STAMP = {"command", "commit", "date", "hardware"}
+PERCENTILES = {"p50", "p99", "p99_9", "max"}
+LEDGER = {"received", "published", "dropped", "rejected", "failed", "in_flight", "missing"}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Any:
+    """Run ``python -m bench.NAME --quick`` and read its JSON."""
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        out = tmp_path / "out.json"
+        command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", str(out)]
+        done = subprocess.run(
+            [*command, "--results", str(tmp_path), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        results: dict[str, Any] = json.loads(out.read_text())
+        assert results.keys() >= STAMP
+        assert results["hardware"].keys() >= {"processor", "cores", "memory_gib", "libraries"}
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == results
+        assert done.stdout.strip() in (tmp_path / f"{name}.md").read_text()
+        return results
+
+    return run
+
+
+def test_throughput_compares_with_the_relay_and_loses_nothing(bench: Any) -> None:
+    results = bench("throughput", "--types", "float32", "uint8", "--size", "64", "--proof", "200")
+    assert results["types"].keys() == {"float32", "uint8"}
+    for summary in results["types"].values():
+        assert summary.keys() >= {"relay_frames_per_s", "emstream_frames_per_s", "emstream_mb_per_s", "ratio"}
+    assert {r["middle"] for r in results["rounds"]} == {"relay", "emstream"}
+    for played in [*results["rounds"], results["proof"]]:
+        assert (played["lost"], played["wrong"]) == (0, 0)
+        if played["middle"] == "emstream":
+            assert played["ledger"].keys() == LEDGER
+            assert played["ledger"]["published"] == played["ledger"]["received"] == played["frames"]
+
+
+def test_latency_has_every_stage_at_every_load(bench: Any, tmp_path: Path) -> None:
+    results = bench("latency", "--engine", "identity", "--full-load", "100", "--size", "64", "--soak", "1")
+    assert results["summary"].keys() == {
+        "saturation_of_engine",
+        "p99_at_half_load_of_engine_ms",
+        "added_at_half_load_ms",
+        "rss_growth",
+        "ledgers_add_up",
+    }
+    assert results["engine"].keys() >= {"name", "sha256", "device", "ms", "frames_per_s"}
+    assert [(run["load"], run["overrun"]) for run in results["runs"]] == [
+        (0.5, "drop-oldest"),
+        (1.2, "drop-oldest"),
+        (1.2, "drop-newest"),
+        (1.2, "block"),
+    ]
+    for run in [*results["runs"], results["soak"]]:
+        assert run["latency_ms"].keys() == run["added_ms"].keys() == PERCENTILES
+        assert list(run["stages_ms"]) == [
+            "camera_to_received",
+            "received_to_batched",
+            "batched_to_inferred",
+            "inferred_to_published",
+            "published_to_subscriber",
+        ]
+        assert run["ledger"].keys() == LEDGER
+        assert run["arrived"] + run["lost"] + run["lost_by_subscriber"] == run["frames"]
+        assert run["rss_mib"].keys() == {"first_second", "end", "max", "growth"}
+    assert (tmp_path / "latency.png").exists() == (find_spec("matplotlib") is not None)
+
+
+def test_engines_has_a_row_or_a_reason_for_each(bench: Any) -> None:
+    results = bench("engines", "--size", "64")
+    assert list(results["engines"]) == ["openvino_bf16", "openvino_f32", "onnxruntime", "torch"]
+    for row in results["engines"].values():
+        assert row.keys() in (
+            {"not_measured"},
+            {"ms", "quartiles_ms", "frames", "frames_per_s", "times_as_fast_as", "difference"},
+        )
+    for library, row in {"openvino": "openvino_f32", "onnxruntime": "onnxruntime"}.items():
+        assert ("not_measured" in results["engines"][row]) == (find_spec(library) is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("throughput", ["--window", "1"]), ("throughput", ["--frames", "10"]), ("latency", ["--loads", "0"])],
+)
+def test_an_argument_that_makes_no_sense_is_wrong_use(name: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", f"bench.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert arguments[0] in done.stderr
