@@ -14,7 +14,9 @@ Frames are made beforehand and sent without a copy, so that the camera costs nex
 from __future__ import annotations
 
 import multiprocessing
+import os
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ import psutil
 import zmq
 
 from emstream import wire
+from emstream.endpoint import last_endpoint
 from emstream.frame import now_ns
 from emstream.publish import DENOISED
 from emstream.serve import Settings, build, stop_on_signals
@@ -135,11 +138,20 @@ class Children:
 
 
 def _run(work: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         work(pipe, *arguments)
     except Exception:
         pipe.send(_Fault(traceback.format_exc()))
         raise
+
+
+def _die_with_parent() -> None:
+    """A bench that was killed leaves no camera or service behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 # -- the service -----------------------------------------------------------------
@@ -201,8 +213,8 @@ class Camera:
         self._output.bind(ANYWHERE)
         self._receipts = context.socket(zmq.PULL)
         self._receipts.bind(ANYWHERE)
-        self.endpoint: str = self._output.last_endpoint.decode().rstrip("\0")
-        self.receipts_endpoint: str = self._receipts.last_endpoint.decode().rstrip("\0")
+        self.endpoint = last_endpoint(self._output)
+        self.receipts_endpoint = last_endpoint(self._receipts)
         self._arrived = 0
 
     def greet(self) -> None:

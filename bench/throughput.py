@@ -29,6 +29,7 @@ import numpy as np
 import zmq
 
 from bench import report, rig
+from emstream.endpoint import last_endpoint
 from emstream.intake import Overrun
 from emstream.serve import Settings
 from emstream.sources.zmq import QUEUE_FRAMES as INPUT_QUEUE_FRAMES
@@ -158,7 +159,7 @@ def _relay(pipe: Connection, endpoint: str, queue: int) -> None:
     sending = context.socket(zmq.XPUB)
     sending.sndhwm = queue
     sending.bind(rig.ANYWHERE)
-    pipe.send(sending.last_endpoint.decode().rstrip("\0"))
+    pipe.send(last_endpoint(sending))
     receive, send = receiving.recv_multipart, sending.send_multipart
     while True:  # until it is terminated
         send(receive(copy=False), copy=False)

@@ -138,13 +138,12 @@ class _Run:
                     self._collect(flying)
 
     def _collect(self, flying: deque[tuple[int, Any, np.ndarray, np.ndarray]]) -> np.ndarray:
-        number, ticket, _, expected = flying[0]
+        number, ticket, *_ = flying[0]
         try:
             with self._engine_at(number):
-                self.engine.collect(ticket)
+                frame: np.ndarray = self.engine.collect(ticket)[0]
         finally:
             flying.popleft()
-        frame: np.ndarray = expected[0]
         return frame
 
     def _counts(self, number: int) -> np.ndarray:

@@ -124,9 +124,10 @@ class Pipeline:
                     return
                 ticket, item = submitted.popleft()
                 if isinstance(item, Slot):
-                    if self._attempt(item, self._engine.collect, ticket) is None:
+                    result = self._attempt(item, self._engine.collect, ticket)
+                    if result is None:
                         continue
-                    item.inferred_ns = now_ns()
+                    item.result, item.inferred_ns = result, now_ns()
                 self._done.put(item)
         finally:
             self._done.put(None)
@@ -163,14 +164,13 @@ class Pipeline:
     # -- faults -----------------------------------------------------------------
 
     def _attempt(self, slot: Slot, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Let the engine work on a batch; an engine that raises costs that batch and nothing else."""
+        """Let the engine work on a batch; None when that raised, which costs the batch."""
         try:
-            result = work(*arguments)
+            return work(*arguments)
         except Exception:
             log.exception("engine failed on %d frames from frame %d on", len(slot), slot.headers[0].frame)
             self._settle(slot, self._ledger.fail)
             return None
-        return True if result is None else result
 
     def _settle(self, slot: Slot, count: Callable[[int], None]) -> None:
         count(len(slot))

@@ -80,7 +80,7 @@ class Publisher:
                 "published": published_ns,
             }
             message["ledger"] = self._ledger.snapshot()
-            self._send(DENOISED, message, slot.expected[row])
+            self._send(DENOISED, message, slot.result[row])
         return len(rows)
 
     def mark(self, mark: SeriesMark) -> None:

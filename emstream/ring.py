@@ -59,6 +59,8 @@ class Slot:
     received_ns: list[int] = field(default_factory=list)
     batched_ns: int = 0
     inferred_ns: int = 0
+    result: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+    """(B, H, W) float32, what the engine returned: `expected`, or `counts` when it had nothing to do."""
     _input: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     _output: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     _rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)))
@@ -130,7 +132,9 @@ class Ring:
         self._max_wait_ns = max_wait_ns
         self._max_waiting = slots + _MAX_MARKS
         self._allocate = allocate
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)  # for the consumer
+        self._freed = threading.Condition(lock)  # for the producer
         self._free = deque(Slot(index) for index in range(slots))
         self._waiting: deque[Slot | SeriesMark] = deque()
         self._filling: Slot | None = None
@@ -204,7 +208,7 @@ class Ring:
         """Wait until there may be a free slot."""
         with self._changed:
             if not self._free:
-                self._changed.wait(timeout_s)
+                self._freed.wait(timeout_s)
 
     def close(self) -> None:
         """No more frames: what waits can still be claimed, then `claim` returns None at once."""
@@ -242,7 +246,7 @@ class Ring:
         """The batch is published: its slot may be filled again."""
         with self._changed:
             self._release(slot)
-            self._changed.notify_all()
+            self._freed.notify()
 
     @property
     def frames(self) -> int:
@@ -263,4 +267,4 @@ class Ring:
         slot.headers.clear()
         slot.received_ns.clear()
         slot.state = State.FREE
-        self._free.append(slot)
+        self._free.appendleft(slot)  # the one used last is still in the cache

@@ -18,6 +18,7 @@ from emstream.inference import load_engine
 from emstream.inference.engine import Engine
 from emstream.intake import Intake, Overrun, Source
 from emstream.ledger import Ledger
+from emstream.memory import keep_freed_blocks
 from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.ring import Ring
@@ -82,6 +83,7 @@ def build(
     on_progress: Callable[[], None] | None = None,
 ) -> Service:
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
+    keep_freed_blocks()
     ledger = Ledger()
     source = source or open_source(settings.input)
     engine = engine or load_engine(settings.engine, precision=settings.precision, threads=settings.threads)

@@ -48,11 +48,12 @@ class CarefulEngine(IdentityEngine):
         expected.fill(np.nan)
         return self._out[-1]
 
-    def collect(self, ticket: Any) -> None:
+    def collect(self, ticket: Any) -> np.ndarray:
         counts, expected, before = self._out.popleft()
         assert ticket[0] is counts, "collected out of order"
         np.testing.assert_array_equal(counts, before, "counts changed in flight")
         np.multiply(counts, 2, out=expected, casting="unsafe")
+        return expected
 
     @property
     def in_flight(self) -> int:
@@ -272,9 +273,10 @@ class BrokenEngine(CarefulEngine):
         self._fail("submit")
         return super().submit(counts, expected)
 
-    def collect(self, ticket: Any) -> None:
-        super().collect(ticket)
+    def collect(self, ticket: Any) -> np.ndarray:
+        done = super().collect(ticket)
         self._fail("collect")
+        return done
 
     def _fail(self, step: str) -> None:
         self._calls += step == self._step

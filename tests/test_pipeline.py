@@ -28,9 +28,10 @@ class GatedEngine(IdentityEngine):
         self.gate = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
-    def collect(self, ticket: None) -> None:
+    def collect(self, ticket: np.ndarray) -> np.ndarray:
         self.entered.release()
         assert self.gate.acquire(timeout=30)
+        return ticket
 
 
 class FailingEngine(IdentityEngine):
@@ -41,16 +42,17 @@ class FailingEngine(IdentityEngine):
     def __init__(self) -> None:
         self.batches = 0
 
-    def submit(self, counts: np.ndarray, expected: np.ndarray) -> int:  # type: ignore[override]
+    def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
         self.batches += 1
         if self.batches % 6 == 0:
             raise RuntimeError("submit")
-        super().submit(counts, expected)
-        return self.batches
+        return self.batches, super().submit(counts, expected)
 
-    def collect(self, ticket: int) -> None:  # type: ignore[override]
-        if ticket % 6 == 3:
+    def collect(self, ticket: Any) -> np.ndarray:
+        batch, done = ticket
+        if batch % 6 == 3:
             raise RuntimeError("collect")
+        return super().collect(done)
 
 
 def test_every_frame_comes_out_in_order_with_its_pixels(rig: Any) -> None:

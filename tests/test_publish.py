@@ -27,7 +27,8 @@ def batch(count: int, shape: tuple[int, int] = (64, 64)) -> Slot:
         ring.commit(header(n, shape), now_ns())
     slot = ring.claim()
     assert isinstance(slot, Slot)
-    slot.expected[:] = slot.counts
+    slot.result = slot.expected
+    slot.result[:] = slot.counts
     return slot
 
 

@@ -30,6 +30,7 @@ class _Compiled:
 class _Ticket:
     compiled: _Compiled
     request: ov.InferRequest
+    expected: np.ndarray
 
 
 class OpenVINOEngine(Engine):
@@ -69,11 +70,12 @@ class OpenVINOEngine(Engine):
         request.set_input_tensor(ov.Tensor(counts, shared_memory=True))
         request.set_output_tensor(ov.Tensor(expected, shared_memory=True))
         request.start_async()
-        return _Ticket(compiled, request)
+        return _Ticket(compiled, request, expected)
 
-    def collect(self, ticket: _Ticket) -> None:
+    def collect(self, ticket: _Ticket) -> np.ndarray:
         ticket.request.wait()
         ticket.compiled.idle.append(ticket.request)
+        return ticket.expected
 
     def _compile(self, counts: np.ndarray) -> _Compiled:
         key = (counts.dtype.name, *counts.shape[1:])

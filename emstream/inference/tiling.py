@@ -92,12 +92,12 @@ class TiledEngine(Engine):
             return self._engine.submit(counts, expected)
         return _Deferred(counts, expected)
 
-    def collect(self, ticket: Any) -> None:
+    def collect(self, ticket: Any) -> np.ndarray:
         if not isinstance(ticket, _Deferred):
-            self._engine.collect(ticket)
-            return
+            return self._engine.collect(ticket)
         for counts, expected in zip(ticket.counts, ticket.expected, strict=True):
             self._blend(counts, expected)
+        return ticket.expected
 
     def close(self) -> None:
         self._engine.close()
@@ -110,8 +110,5 @@ class TiledEngine(Engine):
         for (top, bottom), down in zip(rows, ramp(rows), strict=True):
             for (left, right), across in zip(columns, ramp(columns), strict=True):
                 tile = np.ascontiguousarray(counts[None, top:bottom, left:right])
-                done = np.empty(tile.shape, np.float32)
-                self._engine.collect(self._engine.submit(tile, done))
-                done[0] *= down[:, None]
-                done[0] *= across
-                expected[top:bottom, left:right] += done[0]
+                done = self._engine.collect(self._engine.submit(tile, np.empty(tile.shape, np.float32)))[0]
+                expected[top:bottom, left:right] += done * down[:, None] * across

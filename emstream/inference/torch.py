@@ -46,7 +46,7 @@ class TorchEngine(Engine):
         self._network = program.module()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def submit(self, counts: np.ndarray, expected: np.ndarray) -> None:
+    def submit(self, counts: np.ndarray, expected: np.ndarray) -> np.ndarray:
         height, width = counts.shape[1:]
         # Through float32 first: torch has no arithmetic for unsigned 16 and 32 bit.
         x = torch.from_numpy(counts.astype(np.float32))[:, None]
@@ -54,6 +54,7 @@ class TorchEngine(Engine):
         right = max(_SMALLEST_PX, width + (-width) % _MULTIPLE_PX) - width
         x = F.pad(x, (0, right, 0, down), mode="replicate")
         expected[:] = self._network(x)[:, 0, :height, :width].numpy()
+        return expected
 
-    def collect(self, ticket: None) -> None:
-        pass
+    def collect(self, ticket: np.ndarray) -> np.ndarray:
+        return ticket

@@ -99,8 +99,7 @@ def test_unusual_types_are_converted(engine: Engine, kind: str) -> None:
 def test_batch_gives_what_its_frames_give_alone(named: tuple[str, Engine]) -> None:
     name, engine = named
     y = counts((3, 64, 48))
-    expected = np.empty(y.shape, np.float32)
-    engine.collect(engine.submit(y, expected))
+    expected = engine.collect(engine.submit(y, np.empty(y.shape, np.float32)))
     alone = np.stack([engine.denoise(frame) for frame in y])
     assert difference(expected, alone) <= TOLERANCE[name]
 
