@@ -429,6 +429,8 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     left.set(
         yscale="log", xlabel="offered load / engine's own rate", ylabel="due at the camera to subscriber [ms]"
     )
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     left.legend(frameon=False)
     bottom = np.zeros(len(runs))
     for stage, label in STAGES.items():

@@ -128,6 +128,7 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 8,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
+    expect: Annotated[str, typer.Option(help="Frame size and type to be ready for.")] = "512x512:uint8",
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
@@ -151,7 +152,7 @@ def serve(
     settings = Settings(
         input=input, output=output, engine=engine, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, frames=frames,
+        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, expect=expect, frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     with ExitStack() as stack:

@@ -103,7 +103,11 @@ def run_demo(settings: DemoSettings, on_ready: Callable[[str | None], None] | No
                 on_ready(url)
 
         service = Settings(
-            input=endpoint, output=settings.output, engine=settings.engine, frames=settings.frames
+            input=endpoint,
+            output=settings.output,
+            engine=settings.engine,
+            expect=f"{settings.height}x{settings.width}:{specimen.dtype.name}",
+            frames=settings.frames,
         )
         report = serve(service, on_ready=ready)
         return report | {"psnr_db": scores[0].result()}

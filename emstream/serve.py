@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
+from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
 from emstream.intake import Intake, Overrun, Source
@@ -53,12 +57,24 @@ class Settings:
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
     queue: int = DEFAULT_QUEUE
     """Messages a subscriber may lag by before it loses some."""
+    expect: str = "512x512:uint8"
+    """Frame size and type to be ready for; other frames are taken, too, but the first has to wait."""
     frames: int | None = None
     """Stop after this many published frames."""
 
     def __post_init__(self) -> None:
+        self.expected_frame()
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
+
+    def expected_frame(self) -> tuple[tuple[int, int], np.dtype[Any]]:
+        """(H, W) and type of `expect`."""
+        match = re.fullmatch(r"(\d+)x(\d+):(\w+)", self.expect)
+        if not match or match[3] not in PIXEL_TYPES or 0 in (int(match[1]), int(match[2])):
+            raise ValueError(
+                f"expect must look like 512x512:uint8 (rows, columns, type), got {self.expect!r}"
+            )
+        return (int(match[1]), int(match[2])), PIXEL_TYPES[match[3]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ def build(
     ledger = Ledger()
     source = source or open_source(settings.input)
     engine = engine or load_engine(settings.engine, precision=settings.precision, threads=settings.threads)
+    engine.prepare(*settings.expected_frame())
     ring = Ring(
         slots=settings.slots,
         max_batch=settings.max_batch if settings.max_batch is not None else engine.best_batch,

@@ -8,6 +8,7 @@ A message's pixels go from ZeroMQ straight into their row of the ring: one copy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 
@@ -80,8 +81,9 @@ class ZmqSource:
     def run(self, intake: Intake, stop: threading.Event) -> None:
         self._socket.maxmsgsize = intake.max_frame_bytes
         try:
+            self._socket.rcvtimeo = _POLL_MS
             while not stop.is_set():
-                if self._socket.poll(_POLL_MS):
+                with contextlib.suppress(zmq.Again):
                     self._receive(intake)
             # What the queue holds by now has been received, too.
             for _ in range(QUEUE_FRAMES):
@@ -119,7 +121,7 @@ class ZmqSource:
         """Read up to the pixels; None for a message that is whole without any."""
         part = self._socket.recv()
         if part[:1] != b"{":  # not array-1.0: what came is the topic
-            if not self._socket.rcvmore:
+            if not self._more():
                 raise MalformedFrame("message of one part is neither native nor array-1.0")
             part = self._socket.recv()
         message = wire.unpack(part)
@@ -130,14 +132,17 @@ class ZmqSource:
         if htype == wire.STATS:
             return None
         header = wire.header_of(message, intake.max_frame_bytes)
-        if not self._socket.rcvmore:
+        if not self._more():
             raise MalformedFrame("message has a header but no pixels")
         return header
+
+    def _more(self) -> bool:
+        return bool(self._socket.get(zmq.RCVMORE))
 
     def _discard(self) -> int:
         """Forget what is left of the message; returns how many parts that were."""
         parts = 0
-        while self._socket.rcvmore:
+        while self._more():
             self._socket.recv_into(bytearray())
             parts += 1
         return parts

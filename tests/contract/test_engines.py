@@ -146,6 +146,12 @@ def test_read_only_and_strided_frames_are_taken(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.denoise(view), engine.denoise(view.copy()))
 
 
+def test_prepared_engine_gives_the_same_picture(engine: Engine) -> None:
+    before = engine.denoise(counts((48, 48)))
+    engine.prepare((48, 48), np.dtype(np.uint8))
+    np.testing.assert_array_equal(engine.denoise(counts((48, 48))), before)
+
+
 def test_identity_is_complete(engine: Engine) -> None:
     assert set(engine.identity) == {"name", "sha256", "device"}
     assert engine.device

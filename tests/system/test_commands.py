@@ -173,6 +173,7 @@ def test_info_reads_the_card() -> None:
         (("serve",), 2, "Missing option '--input'"),
         (("serve", "--input", "sim://", "--overrun", "panic"), 2, "drop-oldest"),
         (("serve", "--input", "sim://", "--frames", "0"), 2, "frames must be at least 1, got 0"),
+        (("serve", "--input", "sim://", "--expect", "big"), 2, "expect must look like 512x512:uint8"),
         (("serve", "--input", "sim://", "--slots", "1"), 2, "at least 2 slots, got 1"),
         (("serve", "--input", "file:///nowhere/movie.npy"), 1, "/nowhere/movie.npy"),
         (("camera", "--rate", "0"), 2, "rate must be positive, got 0.0 frames/s"),
