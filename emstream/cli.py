@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +96,9 @@ def demo(
     """
     from emstream.demo import DemoSettings, run_demo
 
+    if not headless and find_spec("uvicorn") is None:
+        typer.echo("no live page without: pip install 'emstream[view]'", err=True)
+        headless = True
     settings = DemoSettings(
         rate=rate, dose=dose, height=height, width=width, seed=seed, frames=frames, engine=engine,
         output=output, view=None if headless else ("127.0.0.1", view_port),
@@ -123,11 +127,14 @@ def serve(
     overrun: Annotated[
         Overrun | None,
         typer.Option(
-            help="What gives way when frames come too fast. [default: block for inputs that can wait, else drop-oldest]"
+            help="What gives way under overload. [default: block for inputs that can wait, else drop-oldest]"
         ),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 8,
+    slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 4,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
+    drain_s: Annotated[
+        float, typer.Option(help="Longest that frames may take to finish after a stop.")
+    ] = 10.0,
     expect: Annotated[str, typer.Option(help="Frame size and type to be ready for.")] = "512x512:uint8",
     frames: Frames = None,
     gain: Gain = 1.0,
@@ -152,7 +159,8 @@ def serve(
     settings = Settings(
         input=input, output=output, engine=engine, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, expect=expect, frames=frames,
+        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect,
+        frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     with ExitStack() as stack:

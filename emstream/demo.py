@@ -6,6 +6,7 @@ specimen is simulated, the truth is known, and the demo scores what it publishes
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import threading
@@ -142,4 +143,12 @@ class _CameraProcess:
 def _camera_main(settings: CameraSettings, pipe: Connection) -> None:
     # Ctrl-C reaches the whole terminal; the demo stops its camera itself, after the drain.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run_camera(settings, threading.Event(), on_ready=pipe.send)
+    stop = threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            pipe.recv()  # nothing ever comes: it returns when the demo is gone
+        stop.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    run_camera(settings, stop, on_ready=pipe.send)

@@ -78,6 +78,7 @@ def denoise_file(
                     "gain": float(gain),
                     "offset": float(offset),
                 },
+                as_image=movie.is_image,
                 overwrite=overwrite,
             )
         seconds = time.perf_counter() - start_s

@@ -57,8 +57,10 @@ def check_calibration(gain: float, offset: float) -> None:
 
 
 def _all_finite(pixels: np.ndarray) -> bool:
-    """Whether no pixel is NaN or infinite. The sums of the columns tell, nearly always."""
+    """Whether no pixel is NaN or infinite in float32. The sums of the columns tell, nearly always."""
     with np.errstate(over="ignore", invalid="ignore"):
+        if pixels.dtype == np.float64:
+            return bool(np.isfinite(pixels.astype(np.float32)).all())
         if np.isfinite(np.add.reduce(pixels, axis=0)).all():
             return True
     return bool(np.isfinite(pixels).all())
@@ -167,5 +169,5 @@ class Intake:
         return header
 
     def _count_rejected(self, reason: str) -> None:
-        self._ledger.reject(reason)
-        log.debug("frame rejected: %s", reason)
+        level = logging.WARNING if self._ledger.reject(reason) else logging.DEBUG
+        log.log(level, "frame rejected: %s", reason)

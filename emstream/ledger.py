@@ -14,7 +14,9 @@ _STEP = math.log(1.01)
 _BUCKETS = 3200  # 1 % steps from 1 ns to about 18 hours
 _MAX_GAPS = 1000
 _MAX_REASONS = 50
-_REPEAT_WINDOW = 1000
+_REPEAT_WINDOW = 64
+_LARGEST_GAP = 1_000_000
+_MAX_SERIES = 16
 
 
 class Histogram:
@@ -52,6 +54,38 @@ def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
+class _Numbers:
+    """The frame numbers of one series: the last one, and the gaps before it."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self._gaps: deque[tuple[int, int]] = deque(maxlen=_MAX_GAPS)
+
+    def note(self, frame: int) -> int:
+        """Returns by how much the frames missing have grown or shrunk."""
+        ahead = frame - self._last
+        if 0 < ahead <= _LARGEST_GAP:
+            if ahead > 1:
+                self._gaps.append((self._last + 1, frame - 1))
+            self._last = frame
+            return ahead - 1
+        if self._close_gap(frame):
+            return -1
+        if frame == 0 or abs(ahead) > _REPEAT_WINDOW:
+            self._gaps.clear()
+            self._last = frame
+        return 0
+
+    def _close_gap(self, frame: int) -> bool:
+        for i, (first, last) in enumerate(self._gaps):
+            if first <= frame <= last:
+                pieces = [(first, frame - 1), (frame + 1, last)]
+                del self._gaps[i]
+                self._gaps.extend(piece for piece in pieces if piece[0] <= piece[1])
+                return True
+        return False
+
+
 class Ledger:
     """Counters that any thread may write; each frame is received once and settled once."""
 
@@ -60,9 +94,7 @@ class Ledger:
         self._received = self._published = self._dropped = self._rejected = self._failed = 0
         self._missing = 0
         self._reasons: Counter[str] = Counter()
-        self._gaps: deque[tuple[int, int]] = deque(maxlen=_MAX_GAPS)
-        self._series: tuple[str, int | str] | None = None
-        self._last = -1
+        self._numbers: dict[tuple[str, int | str], _Numbers] = {}
         self.latency = {
             "total": Histogram(),
             "camera_to_received": Histogram(),
@@ -87,40 +119,27 @@ class Ledger:
         with self._lock:
             self._failed += frames
 
-    def reject(self, reason: str) -> None:
+    def reject(self, reason: str) -> bool:
+        """Returns whether this reason is a new one."""
         with self._lock:
             self._rejected += 1
-            if reason in self._reasons or len(self._reasons) < _MAX_REASONS:
-                self._reasons[reason] += 1
+            new = reason not in self._reasons
+            if new and len(self._reasons) >= _MAX_REASONS:
+                return False
+            self._reasons[reason] += 1
+            return new
 
     def number(self, source: str, series: int | str, frame: int) -> None:
         """Note the camera's own number of a received frame; gaps count as missing.
 
         A late frame closes its gap and a repeated one changes nothing. A number of 0, or
-        one far behind, means that the camera began again, and opens a new count.
+        one far behind or absurdly far ahead, means that the camera began again.
         """
         with self._lock:
-            if (source, series) != self._series:
-                self._series, self._last = (source, series), frame - 1
-                self._gaps.clear()
-            if frame > self._last:
-                if frame > self._last + 1:
-                    self._gaps.append((self._last + 1, frame - 1))
-                    self._missing += frame - 1 - self._last
-                self._last = frame
-            elif not self._close_gap(frame) and (frame == 0 or self._last - frame > _REPEAT_WINDOW):
-                self._gaps.clear()
-                self._last = frame
-
-    def _close_gap(self, frame: int) -> bool:
-        for i, (first, last) in enumerate(self._gaps):
-            if first <= frame <= last:
-                pieces = [(first, frame - 1), (frame + 1, last)]
-                del self._gaps[i]
-                self._gaps.extend(piece for piece in pieces if piece[0] <= piece[1])
-                self._missing -= 1
-                return True
-        return False
+            numbers = self._numbers.setdefault((source, series), _Numbers(frame - 1))
+            self._missing += numbers.note(frame)
+            if len(self._numbers) > _MAX_SERIES:
+                del self._numbers[next(iter(self._numbers))]
 
     @property
     def published(self) -> int:

@@ -35,7 +35,8 @@ class Pipeline:
     """One source through one engine to one publisher.
 
     It ends when the source does, after `frames` published frames, or on `stop`; either
-    way every frame received by then is settled before `run` returns.
+    way every frame received by then is settled before `run` returns: after a stop, what is
+    not done within `drain_s` is dropped.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Pipeline:
         publisher: Publisher,
         ledger: Ledger,
         frames: int | None = None,
+        drain_s: float = 10.0,
         on_progress: Callable[[], None] | None = None,
     ) -> None:
         self._source = source
@@ -57,11 +59,12 @@ class Pipeline:
         self._publisher = publisher
         self._ledger = ledger
         self._frames = frames
+        self._drain_s = drain_s
+        self._drain_until_ns: int | None = None
         self._on_progress = on_progress
         self._done: SimpleQueue[Slot | SeriesMark | None] = SimpleQueue()
         self._stopping = threading.Event()
         self._aborting = threading.Event()
-        self._finished = threading.Event()
         self._fault: BaseException | None = None
         self._first_published_ns = self._last_published_ns = 0
 
@@ -83,11 +86,24 @@ class Pipeline:
         for thread in (receive, infer, publish):
             while thread.is_alive():
                 thread.join(timeout=0.2)
+                self._watch_the_drain()
         if isinstance(self._fault, EmstreamError):
             raise self._fault
         if self._fault is not None:
             cause = f"{type(self._fault).__name__}: {self._fault}"
             raise EmstreamError(f"the pipeline broke down, which it never should: {cause}") from self._fault
+
+    def _watch_the_drain(self) -> None:
+        """Once stopped, say what is left to do, and give it up after `drain_s`."""
+        if not self._stopping.is_set() or self._aborting.is_set():
+            return
+        if self._drain_until_ns is None:
+            self._drain_until_ns = now_ns() + int(self._drain_s * 1e9)
+            if left := self._ledger.in_flight:
+                log.info("finishing %d frames; stop again to drop them", left)
+        elif now_ns() > self._drain_until_ns:
+            log.warning("dropping what is left after %g s: %d frames", self._drain_s, self._ledger.in_flight)
+            self._abort()
 
     @property
     def frames_per_s(self) -> float | None:
@@ -106,9 +122,10 @@ class Pipeline:
 
     def _infer(self) -> None:
         submitted: deque[tuple[Any, Slot | SeriesMark]] = deque()
+        depth = self._engine.depth
         try:
             while True:
-                while len(submitted) < self._engine.depth:
+                while len(submitted) < depth:
                     item = self._ring.claim(block=not submitted)
                     if item is None:
                         break
@@ -120,6 +137,7 @@ class Pipeline:
                         ticket := self._attempt(item, self._engine.submit, item.counts, item.expected)
                     ) is not None:
                         submitted.append((ticket, item))
+                        depth = self._engine.depth_for(item.shape)
                 if not submitted:
                     return
                 ticket, item = submitted.popleft()

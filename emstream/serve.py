@@ -20,7 +20,7 @@ import numpy as np
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
-from emstream.intake import Intake, Overrun, Source
+from emstream.intake import Intake, Overrun, Source, check_calibration
 from emstream.ledger import Ledger
 from emstream.memory import keep_freed_blocks
 from emstream.pipeline import Pipeline
@@ -50,7 +50,7 @@ class Settings:
     """How long a batch's first frame may wait for company while the engine is idle."""
     overrun: Overrun | None = None
     """What gives way under overload; None lets sources wait that can, and drops the oldest of the others."""
-    slots: int = 8
+    slots: int = 4
     """Batches in the ring: what a burst may pile up before the overrun policy applies."""
     gain: float = 1.0
     offset: float = 0.0
@@ -59,11 +59,19 @@ class Settings:
     """Messages a subscriber may lag by before it loses some."""
     expect: str = "512x512:uint8"
     """Frame size and type to be ready for; other frames are taken, too, but the first has to wait."""
+    drain_s: float = 10.0
+    """How long frames already received may take to finish after a stop."""
     frames: int | None = None
     """Stop after this many published frames."""
 
     def __post_init__(self) -> None:
         self.expected_frame()
+        check_calibration(self.gain, self.offset)
+        if self.max_frame_bytes < 1:
+            raise ValueError(f"the largest frame must be positive, got {self.max_frame_bytes} bytes")
+        for name in ("max_wait_ms", "drain_s"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
 
@@ -74,7 +82,8 @@ class Settings:
             raise ValueError(
                 f"expect must look like 512x512:uint8 (rows, columns, type), got {self.expect!r}"
             )
-        return (int(match[1]), int(match[2])), PIXEL_TYPES[match[3]]
+        converted = self.gain != 1.0 or self.offset != 0.0
+        return (int(match[1]), int(match[2])), PIXEL_TYPES["float32" if converted else match[3]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,6 @@ def build(
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
     keep_freed_blocks()
     ledger = Ledger()
-    source = source or open_source(settings.input)
     engine = engine or load_engine(settings.engine, precision=settings.precision, threads=settings.threads)
     engine.prepare(*settings.expected_frame())
     ring = Ring(
@@ -109,6 +117,13 @@ def build(
         max_batch=settings.max_batch if settings.max_batch is not None else engine.best_batch,
         max_wait_ns=int(settings.max_wait_ms * 1e6),
     )
+    dose_range = engine.card.dose_range if engine.card else None
+    publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
+    try:
+        source = source or open_source(settings.input)
+    except Exception:
+        publisher.close(linger_s=0)
+        raise
     intake = Intake(
         ring,
         ledger,
@@ -117,8 +132,6 @@ def build(
         offset=settings.offset,
         max_frame_bytes=settings.max_frame_bytes,
     )
-    dose_range = engine.card.dose_range if engine.card else None
-    publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     pipeline = Pipeline(
         source=source,
         intake=intake,
@@ -127,6 +140,7 @@ def build(
         publisher=publisher,
         ledger=ledger,
         frames=settings.frames,
+        drain_s=settings.drain_s,
         on_progress=on_progress,
     )
     return Service(pipeline, publisher, engine, ledger)

@@ -14,7 +14,6 @@ Nothing here trusts its input: every reader raises MalformedFrame and nothing el
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,9 +48,13 @@ def unpack(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_HEADER_BYTES:
         raise MalformedFrame(f"header of {len(data)} bytes exceeds {MAX_HEADER_BYTES}")
     try:
-        message = json.loads(data) if data[:1] == b"{" else msgpack.unpackb(data)
+        if data[:1] == b"{":
+            message = json.loads(data)
+            pack(message)  # JSON holds numbers and texts that msgpack cannot carry on
+        else:
+            message = msgpack.unpackb(data)
     except Exception as error:  # both parsers raise a dozen types on garbage
-        raise MalformedFrame(f"header is neither msgpack nor JSON: {type(error).__name__}") from None
+        raise MalformedFrame(f"header is neither msgpack nor portable JSON: {type(error).__name__}") from None
     if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
         raise MalformedFrame("header is not a map with text keys")
     return message
@@ -142,7 +145,7 @@ def _positive(message: Mapping[str, Any], key: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise MalformedFrame(f"{key} must be a number, got {_short(value)}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < _MAX_NUMBER:
         raise MalformedFrame(f"{key} must be positive, got {_short(value)}")
     return float(value)
 
@@ -157,5 +160,7 @@ def _timestamp(message: Mapping[str, Any]) -> int | None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -106,7 +106,7 @@ def test_tiles_cover_every_pixel_overlap_enough_and_keep_the_networks_grid(lengt
     spans = tile_spans(length, tile, overlap=111)
     assert spans[0][0] == 0
     assert spans[-1][1] == length
-    assert all(stop - start == tile for start, stop in spans[:-1])
+    assert len({stop - start for start, stop in spans[:-1]}) <= 1
     assert all(0 < stop - start <= tile and start % 16 == 0 for start, stop in spans)
     assert all(a[1] - b[0] >= 111 for a, b in pairwise(spans))
 

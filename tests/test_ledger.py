@@ -41,6 +41,22 @@ def test_camera_that_begins_again_opens_a_new_count() -> None:
     assert numbered(500, 501, 0, 1, 3) == 1
 
 
+def test_camera_that_begins_again_and_is_heard_late_opens_a_new_count() -> None:
+    assert numbered(500, 501, 3, 4, 9) == 4
+
+
+def test_one_absurd_number_does_not_spoil_the_count() -> None:
+    assert numbered(0, 1, 2**52, 2, 3) == 0
+
+
+def test_two_cameras_are_counted_apart() -> None:
+    ledger = Ledger()
+    for frame in range(0, 10, 2):
+        ledger.number("left", 1, frame)
+        ledger.number("right", 1, frame)
+    assert ledger.snapshot()["missing"] == 8
+
+
 def test_new_series_opens_a_new_count() -> None:
     ledger = Ledger()
     ledger.number("camera", 1, 99)

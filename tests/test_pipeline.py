@@ -28,6 +28,9 @@ class GatedEngine(IdentityEngine):
         self.gate = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
+    def prepare(self, shape: Any, dtype: Any) -> None:
+        """No frame passes before the test says so."""
+
     def collect(self, ticket: np.ndarray) -> np.ndarray:
         self.entered.release()
         assert self.gate.acquire(timeout=30)
@@ -41,6 +44,9 @@ class FailingEngine(IdentityEngine):
 
     def __init__(self) -> None:
         self.batches = 0
+
+    def prepare(self, shape: Any, dtype: Any) -> None:
+        """Counts from the first frame on."""
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
         self.batches += 1

@@ -183,3 +183,42 @@ def test_input_address_in_use_is_explained(context: Any, tmp_path: Any) -> None:
     with pytest.raises(SourceError, match="address is in use"):
         ZmqSource(f"tcp://127.0.0.1:{port}", lossless=True, bind=True, context=context)
     taken.close()
+
+
+ARRAY = b'{"htype": "array-1.0", "shape": [2, 3], "type": "uint8", "frame": 0, '
+POISON = {
+    "a number that msgpack cannot hold": ARRAY + b'"x": ' + b"9" * 30 + b"}",
+    "half a character": ARRAY + b'"x": "\\ud800"}',
+    "half a character for a name": ARRAY + b'"source": "\\ud800"}',
+    "a start with a number too large": b'{"htype": "emstream-start-1.0", "x": ' + b"9" * 30 + b"}",
+    "a pixel size of 400 digits": ARRAY + b'"pixel_size_m": 1' + b"0" * 400 + b"}",
+    "JSON nested without end": b'{"htype": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", list(POISON))
+def test_header_that_cannot_travel_on_is_rejected(rig: Any, name: str) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    run.camera.send_multipart([POISON[name], b"123456"])
+    run.camera.send_multipart(message(0, GOOD))
+    ledger = run.wait(lambda ledger: ledger["published"] == 1)
+    assert ledger["rejected"] == 1
+
+
+def test_nested_msgpack_is_rejected(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    run.camera.send_multipart([b"raw", b"\x81\xa5htype" + b"\x91" * 500 + b"\x00", b"123456"])
+    run.camera.send_multipart(message(0, GOOD))
+    assert run.wait(lambda ledger: ledger["published"] == 1)["rejected"] == 1
+
+
+def test_header_that_lies_takes_no_memory_before_its_payload_is_seen(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    for n in range(3):
+        run.camera.send_multipart([b"raw", head(frame=n, shape=[16_000, 16_000]), b"123456"])
+    run.camera.send_multipart(message(3, GOOD))
+    assert run.wait(lambda ledger: ledger["published"] == 1)["rejected"] == 3
+    assert sum(slot._input.nbytes for slot in run.service.pipeline._ring._free) < 10_000

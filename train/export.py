@@ -55,7 +55,7 @@ def field_of_view_px(network: nn.Module) -> int:
     twin = type(network)(2).double().eval()
     for parameter in twin.parameters():
         nn.init.constant_(parameter, 0.1)
-    centre, widest = 256, 0
+    centre, widest = 160, 0
     for phase in range(MULTIPLE_PX):
         x = torch.ones(1, 1, 2 * centre, 2 * centre, dtype=torch.float64, requires_grad=True)
         twin(x)[0, 0, centre + phase, centre + phase].backward()

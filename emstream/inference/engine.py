@@ -44,6 +44,10 @@ class Engine(ABC):
         Raises what the engine raised.
         """
 
+    def depth_for(self, shape: tuple[int, int]) -> int:
+        """How many batches of frames (H, W) gain from being in flight together."""
+        return self.depth
+
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         """Do now what the first frame (H, W) of this size and type would otherwise wait for."""
         self.denoise(np.zeros(shape, dtype))

@@ -23,16 +23,20 @@ _MULTIPLE_PX = 16  # of the coarsest scale of the networks
 def tile_spans(length: int, tile: int, overlap: int) -> tuple[tuple[int, int], ...]:
     """Cover `length` pixels with spans (start, stop) of at most `tile`, neighbours sharing at least `overlap`.
 
-    Spans start at multiples of 16, so that the network's pooling falls on the same pixels
-    as without tiles, and all but the last are equally long.
+    As few as possible, and as short as that allows. They start at multiples of 16, so that the
+    network's pooling falls on the same pixels as without tiles; all but the last are equally long.
     """
     if length <= tile:
         return ((0, length),)
-    count = math.ceil((length - overlap) / (tile - overlap))
-    step = math.ceil((length - tile) / (count - 1) / _MULTIPLE_PX) * _MULTIPLE_PX
-    step = min(step, (tile - overlap) // _MULTIPLE_PX * _MULTIPLE_PX)
-    count = math.ceil((length - tile) / step) + 1
-    return tuple((i * step, min(i * step + tile, length)) for i in range(count))
+    largest_step = (tile - overlap) // _MULTIPLE_PX * _MULTIPLE_PX
+    count = math.ceil((length - tile) / largest_step) + 1
+    step = min(largest_step, _round_up((length - overlap) / count))
+    size = min(tile, _round_up(max(step + overlap, length - (count - 1) * step)))
+    return tuple((i * step, min(i * step + size, length)) for i in range(count))
+
+
+def _round_up(length: float) -> int:
+    return math.ceil(length / _MULTIPLE_PX) * _MULTIPLE_PX
 
 
 @lru_cache(maxsize=32)
@@ -98,6 +102,9 @@ class TiledEngine(Engine):
         for counts, expected in zip(ticket.counts, ticket.expected, strict=True):
             self._blend(counts, expected)
         return ticket.expected
+
+    def depth_for(self, shape: tuple[int, int]) -> int:
+        return self.depth if max(shape) <= self._tile_px else 1
 
     def close(self) -> None:
         self._engine.close()

@@ -84,6 +84,7 @@ def save_movie(
     pixel_size_m: float | None = None,
     units: str = "electrons",
     provenance: Mapping[str, Any] | None = None,
+    as_image: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write `frames`, each (H, W), one by one to a file of `shape` (N, H, W) whose suffix names the format.
@@ -92,6 +93,8 @@ def save_movie(
     `frames` included, nothing is left behind. `provenance` (numbers, texts and maps of them)
     goes into the JSON description of a .tif, the attributes of a .h5 and the labels of a
     .mrc, which hold its engine only; .npy has no place for it, nor for `pixel_size_m` [m].
+
+    `as_image` writes the only frame as an image (H, W).
 
     Raises FileFormatError when the file cannot be written, or exists and `overwrite` is not
     set; ValueError when `frames` are not what `shape` and `dtype` announce.
@@ -102,12 +105,14 @@ def save_movie(
     if dtype.name not in PIXEL_TYPES:
         raise ValueError(f"dtype must be one of {', '.join(PIXEL_TYPES)}, got {dtype}")
     shape = operator.index(shape[0]), operator.index(shape[1]), operator.index(shape[2])
+    if as_image and shape[0] != 1:
+        raise ValueError(f"an image has one frame, got {shape[0]}")
     check_output(path, overwrite)
     about = {"units": units, **({"pixel_size_m": pixel_size_m} if pixel_size_m else {}), **(provenance or {})}
     part = path.with_name(f".emstream-{secrets.token_hex(8)}.part")
     pending = _checked(frames, shape, dtype)
     try:
-        _format(path).write(part, path, pending, shape, dtype, about)
+        _format(path).write(part, path, pending, shape[1:] if as_image else shape, dtype, about)
         for _ in pending:  # a format may stop at the last frame; one too many raises here
             pass
         part.replace(path)

@@ -48,17 +48,18 @@ def write(
     part: Path,
     path: Path,
     frames: Iterator[np.ndarray],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: np.dtype[Any],
     about: Mapping[str, Any],
 ) -> None:
     """Write to `part`, which will be `path`; `about` becomes the dataset's attributes, maps as JSON."""
     with h5py.File(part, "x") as file:
-        array = file.create_dataset(NAMES[0], shape, dtype, chunks=(1, *shape[1:]))
+        is_image = len(shape) == 2
+        array = file.create_dataset(NAMES[0], shape, dtype, chunks=None if is_image else (1, *shape[1:]))
         for name, value in about.items():
             array.attrs[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
         for i, frame in enumerate(frames):
-            array[i] = frame
+            array[() if is_image else i] = frame
 
 
 def _named(path: Path, file: h5py.File, name: str) -> h5py.Dataset:

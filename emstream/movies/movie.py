@@ -47,6 +47,8 @@ class Movie:
     """[m], where the file says so."""
     units: str
     """Of the pixels; electrons unless the file says otherwise."""
+    is_image: bool
+    """Whether the file holds one image (H, W), and no movie of one frame."""
 
     def __init__(self, path: Path, stored: Stored) -> None:
         """Take over what is `stored` in `path`, or close it and raise FileFormatError."""
@@ -57,6 +59,7 @@ class Movie:
         except FileFormatError:
             stored.close()
             raise
+        self.is_image = len(stored.shape) == 2
         size_m = stored.pixel_size_m
         self.pixel_size_m = float(size_m) if size_m and math.isfinite(size_m) and size_m > 0 else None
         self.units = stored.units[:_MAX_UNITS] or "electrons"

@@ -38,7 +38,7 @@ def write(
     part: Path,
     path: Path,
     frames: Iterator[np.ndarray],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: np.dtype[Any],
     about: Mapping[str, Any],
 ) -> None:
@@ -52,7 +52,8 @@ def write(
     except ValueError:
         raise FileFormatError(f"{path}: .mrc cannot hold {dtype}; save it as .tif or .h5") from None
     with mrcfile.new_mmap(part, shape, mrc_mode=mode) as file:
-        file.set_image_stack()
+        if len(shape) == 3:
+            file.set_image_stack()
         file.voxel_size = about.get("pixel_size_m", 0.0) * 1e10
         for label in _labels(about):
             file.add_label(label)

@@ -43,7 +43,7 @@ def write(
     part: Path,
     path: Path,
     frames: Iterator[np.ndarray],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: np.dtype[Any],
     about: Mapping[str, Any],
 ) -> None:

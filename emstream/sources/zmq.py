@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 QUEUE_FRAMES = 64  # kept by ZeroMQ before the ring takes them
 _POLL_MS = 100  # how soon a stop is noticed
+_WRONG_SIZE = "payload and header disagree about the frame's size"
+_SURPLUS = "message has parts after the pixels"
 
 
 def from_url(url: Url) -> ZmqSource:
@@ -61,6 +63,7 @@ class ZmqSource:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self.lossless = lossless
+        self._proven: tuple[tuple[int, int], str] | None = None  # size and type of the last whole frame
         self._socket = (context or zmq.Context.instance()).socket(zmq.PULL if lossless else zmq.SUB)
         self._socket.rcvhwm = QUEUE_FRAMES
         self._socket.linger = 0
@@ -79,7 +82,8 @@ class ZmqSource:
         self.endpoint = last_endpoint(self._socket)
 
     def run(self, intake: Intake, stop: threading.Event) -> None:
-        self._socket.maxmsgsize = intake.max_frame_bytes
+        # Up to twice the limit a message is read and rejected; beyond, ZeroMQ drops the connection.
+        self._socket.maxmsgsize = 2 * intake.max_frame_bytes + wire.MAX_HEADER_BYTES
         try:
             self._socket.rcvtimeo = _POLL_MS
             while not stop.is_set():
@@ -104,6 +108,12 @@ class ZmqSource:
         if header is None:
             self._discard()
             return
+        if (header.shape, header.type) == self._proven:
+            self._receive_into_row(header, intake)
+        else:
+            self._receive_and_copy(header, intake)
+
+    def _receive_into_row(self, header: FrameHeader, intake: Intake) -> None:
         row = intake.offer(header)
         if row is None:
             self._discard()
@@ -111,11 +121,24 @@ class ZmqSource:
         nbytes = self._socket.recv_into(_bytes_of(row))
         surplus = self._discard()
         if nbytes != header.nbytes:
-            intake.refuse("payload and header disagree about the frame's size")
+            intake.refuse(_WRONG_SIZE)
         elif surplus:
-            intake.refuse("message has parts after the pixels")
+            intake.refuse(_SURPLUS)
         else:
             intake.accept()
+
+    def _receive_and_copy(self, header: FrameHeader, intake: Intake) -> None:
+        """The first frame of a size or type: no memory is taken on its header's word alone."""
+        pixels = self._socket.recv(copy=False).buffer
+        surplus = self._discard()
+        if len(pixels) != header.nbytes or surplus:
+            intake.malformed(_SURPLUS if surplus else _WRONG_SIZE)
+            return
+        row = intake.offer(header)
+        if row is not None:
+            _bytes_of(row)[:] = pixels
+            intake.accept()
+            self._proven = (header.shape, header.type)
 
     def _read_header(self, intake: Intake) -> FrameHeader | None:
         """Read up to the pixels; None for a message that is whole without any."""
