@@ -5,5 +5,6 @@ engines.py      the same network in OpenVINO, ONNX Runtime and PyTorch
 quality.py      the picture against the truth, and against a tuned blur
 latency.py      scheduled send to a subscriber's receipt, stage by stage, at several loads
 rig.py          the processes around a service under test
+readme.py       tables from results/ into the README
 report.py       tables and files in results/
 """
