@@ -16,6 +16,7 @@ def fill(readme: str) -> str:
     def table(match: re.Match[str]) -> str:
         path = RESULTS / f"{match[1]}.md"
         body = path.read_text().split("\n", 1)[1].strip() if path.exists() else "not measured"
+        body = body.replace("\n## ", "\n#### ")
         return f"<!-- bench: {match[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- bench: (\w+) -->.*?<!-- end -->", table, readme, flags=re.DOTALL)
