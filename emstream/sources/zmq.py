@@ -86,6 +86,7 @@ class ZmqSource:
         self._socket.maxmsgsize = 2 * intake.max_frame_bytes + wire.MAX_HEADER_BYTES
         try:
             self._socket.rcvtimeo = _POLL_MS
+            log.info("waiting for frames from %s", self.endpoint)
             while not stop.is_set():
                 with contextlib.suppress(zmq.Again):
                     self._receive(intake)
