@@ -50,7 +50,6 @@ class Pipeline:
         ledger: Ledger,
         frames: int | None = None,
         drain_s: float = 10.0,
-        on_progress: Callable[[], None] | None = None,
     ) -> None:
         self._source = source
         self._intake = intake
@@ -61,7 +60,6 @@ class Pipeline:
         self._frames = frames
         self._drain_s = drain_s
         self._drain_until_ns: int | None = None
-        self._on_progress = on_progress
         self._done: SimpleQueue[Slot | SeriesMark | None] = SimpleQueue()
         self._stopping = threading.Event()
         self._aborting = threading.Event()
@@ -165,8 +163,6 @@ class Pipeline:
             if now_ns() >= next_stats_ns:
                 next_stats_ns = now_ns() + int(STATS_EVERY_S * 1e9)
                 self._publisher.stats(self.report())
-                if self._on_progress:
-                    self._on_progress()
 
     def _publish_slot(self, slot: Slot) -> None:
         left = None if self._frames is None else self._frames - self._ledger.published

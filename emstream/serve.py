@@ -105,7 +105,6 @@ def build(
     *,
     source: Source | None = None,
     engine: Engine | None = None,
-    on_progress: Callable[[], None] | None = None,
 ) -> Service:
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
     keep_freed_blocks()
@@ -120,7 +119,7 @@ def build(
     dose_range = engine.card.dose_range if engine.card else None
     publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     try:
-        source = source or open_source(settings.input)
+        source = source or open_source(settings.input, settings.max_frame_bytes)
     except Exception:
         publisher.close(linger_s=0)
         raise
@@ -141,7 +140,6 @@ def build(
         ledger=ledger,
         frames=settings.frames,
         drain_s=settings.drain_s,
-        on_progress=on_progress,
     )
     return Service(pipeline, publisher, engine, ledger)
 

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from emstream import wire
+from emstream import sources, wire
 from emstream.errors import SourceError
 from emstream.frame import FrameHeader, now_ns
 from emstream.intake import Intake, Overrun
@@ -242,6 +242,7 @@ class SlowIntake:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(files, "time", clock)
+    monkeypatch.setattr(sources, "time", clock)
     return clock
 
 

@@ -222,3 +222,17 @@ def test_header_that_lies_takes_no_memory_before_its_payload_is_seen(rig: Any) -
     run.camera.send_multipart(message(3, GOOD))
     assert run.wait(lambda ledger: ledger["published"] == 1)["rejected"] == 3
     assert sum(slot._input.nbytes for slot in run.service.pipeline._ring._free) < 10_000
+
+
+def test_message_far_above_the_limit_is_not_even_read(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block, "max_frame_bytes": 100_000, "expect": "16x16:uint8"})
+    run.start()
+    run.camera.send_multipart([b"raw", head(), bytes(150_000)])
+    run.wait(lambda ledger: ledger["rejected"] == 1)
+    run.camera.send_multipart([b"raw", head(), bytes(1_000_000)])
+    for n in range(200):  # the connection is dropped and made again
+        run.camera.send_multipart(message(n, GOOD))
+        if run.out.poll(50):
+            break
+    ledger = run.wait(lambda ledger: ledger["published"] >= 1)
+    assert ledger["rejected"] == 1

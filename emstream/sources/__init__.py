@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from emstream.intake import Source
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 
 SCHEMES = {
     "tcp": "zmq",
@@ -25,7 +28,7 @@ SCHEMES = {
 }
 
 
-def open_source(url: str) -> Source:
+def open_source(url: str, max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> Source:
     """Make the source that `url` names, e.g. ``tcp://127.0.0.1:5555`` or ``file:///movie.h5?rate=40``.
 
     Raises ValueError for a URL that makes no sense, SourceError for one that cannot be opened.
@@ -34,8 +37,20 @@ def open_source(url: str) -> Source:
     if parts.scheme not in SCHEMES:
         raise ValueError(f"--input {url!r}: scheme must be one of {', '.join(SCHEMES)}")
     module = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}")
-    source: Source = module.from_url(Url(url, parts, dict(parse_qsl(parts.query, keep_blank_values=True))))
+    source: Source = module.from_url(
+        Url(url, parts, dict(parse_qsl(parts.query, keep_blank_values=True)), max_frame_bytes)
+    )
     return source
+
+
+def wait_until(due_s: float, stop: threading.Event) -> bool:
+    """Wait for the moment `due_s` of the monotonic clock; returns whether `stop` came first."""
+    while not stop.is_set():
+        wait_s = due_s - time.monotonic()
+        if wait_s <= 0:
+            return False
+        stop.wait(min(wait_s, threading.TIMEOUT_MAX))
+    return True
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class Url:
     text: str
     parts: SplitResult
     options: dict[str, str]
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
 
     @property
     def path(self) -> str:

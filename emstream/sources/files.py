@@ -24,7 +24,7 @@ from emstream.errors import FileFormatError, SourceError
 from emstream.frame import FrameHeader, now_ns
 from emstream.intake import Intake
 from emstream.movies import Movie, open_movie
-from emstream.sources import Url
+from emstream.sources import Url, wait_until
 
 
 def from_url(url: Url) -> FileSource:
@@ -95,7 +95,7 @@ class FileSource:
                     pixels = self._read(movie, number)
                     # An absolute schedule: a late frame does not delay those after it.
                     due_s = start_s + sent / self._rate_hz if self._rate_hz else start_s
-                    if _wait_until(due_s, stop):
+                    if wait_until(due_s, stop):
                         break
                     self._send(intake, movie, series, number, pixels)
                     sent += 1
@@ -133,13 +133,3 @@ class FileSource:
             return movie[number]
         except FileFormatError as error:
             raise SourceError(str(error)) from None
-
-
-def _wait_until(due_s: float, stop: threading.Event) -> bool:
-    """Wait for the moment `due_s` of the monotonic clock; returns whether `stop` came first."""
-    while not stop.is_set():
-        wait_s = due_s - time.monotonic()
-        if wait_s <= 0:
-            return False
-        stop.wait(min(wait_s, threading.TIMEOUT_MAX))
-    return True

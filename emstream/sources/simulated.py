@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from emstream import wire
 from emstream.frame import FrameHeader, now_ns
 from emstream.intake import Intake
-from emstream.sources import Url
+from emstream.sources import Url, wait_until
 from emstream.sources.specimen import MovingSpecimen
 
 NAME = "simulated camera"
@@ -60,7 +60,7 @@ def paced(rate: float, stop: threading.Event, frames: int | None = None) -> Iter
     start = time.monotonic()
     number = 0
     while frames is None or number < frames:
-        if stop.wait(max(0.0, start + number / rate - time.monotonic())):
+        if wait_until(start + number / rate, stop):
             return
         yield number
         number += 1

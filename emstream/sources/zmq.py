@@ -47,6 +47,7 @@ def from_url(url: Url) -> ZmqSource:
         lossless=kind == "pull",
         topic=url.options.get("topic", ""),
         bind=url.flag("bind"),
+        max_frame_bytes=url.max_frame_bytes,
     )
 
 
@@ -60,6 +61,7 @@ class ZmqSource:
         lossless: bool = False,
         topic: str = "",
         bind: bool = False,
+        max_frame_bytes: int = wire.DEFAULT_MAX_FRAME_BYTES,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self.lossless = lossless
@@ -67,7 +69,8 @@ class ZmqSource:
         self._socket = (context or zmq.Context.instance()).socket(zmq.PULL if lossless else zmq.SUB)
         self._socket.rcvhwm = QUEUE_FRAMES
         self._socket.linger = 0
-        self._socket.maxmsgsize = wire.DEFAULT_MAX_FRAME_BYTES
+        # Up to twice the limit a message is read and rejected; beyond, ZeroMQ drops the connection.
+        self._socket.maxmsgsize = 2 * max_frame_bytes + wire.MAX_HEADER_BYTES
         if not lossless:
             self._socket.subscribe(topic)
         try:
@@ -80,23 +83,44 @@ class ZmqSource:
             hint = "the address is in use" if error.errno == zmq.EADDRINUSE else error.strerror
             raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
         self.endpoint = last_endpoint(self._socket)
+        self._connects = not bind
+        self._disconnections = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def run(self, intake: Intake, stop: threading.Event) -> None:
-        # Up to twice the limit a message is read and rejected; beyond, ZeroMQ drops the connection.
-        self._socket.maxmsgsize = 2 * intake.max_frame_bytes + wire.MAX_HEADER_BYTES
         try:
             self._socket.rcvtimeo = _POLL_MS
             log.info("waiting for frames from %s", self.endpoint)
             while not stop.is_set():
-                with contextlib.suppress(zmq.Again):
+                try:
                     self._receive(intake)
+                except zmq.Again:
+                    self._notice_disconnection(intake)
             # What the queue holds by now has been received, too.
             for _ in range(QUEUE_FRAMES):
                 if not self._socket.poll(0):
                     break
                 self._receive(intake)
         finally:
+            self._socket.disable_monitor()
+            self._disconnections.close(linger=0)
             self._socket.close()
+
+    def _notice_disconnection(self, intake: Intake) -> None:
+        """Connect again: ZeroMQ does so by itself, but not after a message above its limit."""
+        if not self._disconnections.poll(0):
+            return
+        while self._disconnections.poll(0):
+            self._disconnections.recv_multipart()
+        log.warning(
+            "%s disconnected: the camera went away, or sent a message far above the largest frame of %g MiB; "
+            "waiting for it",
+            self.endpoint,
+            intake.max_frame_bytes / 1024**2,
+        )
+        if self._connects:
+            with contextlib.suppress(zmq.ZMQError):  # already forgotten by ZeroMQ
+                self._socket.disconnect(self.endpoint)
+            self._socket.connect(self.endpoint)
 
     def _receive(self, intake: Intake) -> None:
         """Take one message off the socket, whatever it holds."""
