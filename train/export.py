@@ -6,12 +6,14 @@ both model files.
 
 The ONNX graph takes raw counts (B, H, W) of any H and W and returns expected counts
 (B, H, W): it pads to the network's multiple and crops back by itself. Batch norms are
-folded into the convolutions.
+folded into the convolutions. Weights are half precision, which costs nothing measurable:
+a GPU computes as the file says, OpenVINO in whatever this processor is best at.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import warnings
@@ -27,15 +29,14 @@ from tqdm import tqdm
 
 from emstream import load_engine
 from emstream.inference import Engine, EngineCard
-from train import models
 from train.dataset import SAMPLING_A, Images
 from train.evaluate import VIEW_PX, evaluate
-from train.fit import EMA_DECAY
-from train.models.unet import MULTIPLE_PX, BiasFreeBatchNorm, DoubleConv
+from train.fit import EMA_DECAY, Recipe
+from train.models.unet import BiasFreeBatchNorm, DoubleConv, UNet
 from train.noise import DOSE_RANGE, PAPER_DOSE
 
-SMALLEST_PX = 2 * MULTIPLE_PX  # torch.export will not believe in a size of one multiple
-LARGEST_PX = 512 * MULTIPLE_PX
+LARGEST_PX = 8192
+HOT_PIXEL = 1024.0  # times the mean level: beyond it half precision might overflow
 
 
 @torch.no_grad()
@@ -50,13 +51,14 @@ def fold_norms(network: nn.Module) -> None:
 
 
 @torch.enable_grad()
-def field_of_view_px(network: nn.Module) -> int:
+def field_of_view_px(network: UNet) -> int:
     """Side of the square of input pixels that can move one output pixel, for the widest output pixel."""
-    twin = type(network)(2).double().eval()
+    twin = UNet(2, network.scales, network.unshuffle).double().eval()
     for parameter in twin.parameters():
         nn.init.constant_(parameter, 0.1)
-    centre, widest = 160, 0
-    for phase in range(MULTIPLE_PX):
+    period = network.multiple_px
+    centre, widest = 16 * period, 0
+    for phase in range(period):
         x = torch.ones(1, 1, 2 * centre, 2 * centre, dtype=torch.float64, requires_grad=True)
         twin(x)[0, 0, centre + phase, centre + phase].backward()
         assert x.grad is not None
@@ -65,21 +67,46 @@ def field_of_view_px(network: nn.Module) -> int:
 
 
 class CountsToIntensity(nn.Module):
-    """Raw counts (B, H, W) -> expected counts (B, H, W), any H and W."""
+    """Raw counts (B, H, W) -> expected counts (B, H, W), any H and W.
 
-    def __init__(self, network: nn.Module) -> None:
+    Half precision reaches from 6e-8 to 65504, doses and their sums farther. The network
+    is homogeneous, so each frame is brought near 1 first, by a power of two, which is exact.
+    """
+
+    def __init__(self, network: UNet) -> None:
         super().__init__()
         self.network = network
+        self.dtype = next(network.parameters()).dtype
+        self.multiple_px = network.multiple_px
 
     def forward(self, counts: Tensor) -> Tensor:
         height, width = counts.shape[1], counts.shape[2]
         x = counts.to(torch.float32)[:, None]
-        x = F.pad(x, (0, (-width) % MULTIPLE_PX, 0, (-height) % MULTIPLE_PX), mode="replicate")
-        return self.network(x)[:, 0, :height, :width]
+        level = x.abs().mean(dim=(2, 3), keepdim=True).clamp_min(1e-20)
+        level = torch.pow(2.0, torch.floor(torch.log2(level)))
+        x = (x / level).clamp(-HOT_PIXEL, HOT_PIXEL).to(self.dtype)
+        x = F.pad(x, (0, (-width) % self.multiple_px, 0, (-height) % self.multiple_px), mode="replicate")
+        return self.network(x)[:, 0, :height, :width].to(torch.float32) * level[:, 0]
 
 
-def write_onnx(network: nn.Module, path: Path, card: EngineCard) -> None:
+@torch.no_grad()
+def halve(network: UNet) -> UNet:
+    """A copy in half precision, rounded to odd: rounding once more, to bfloat16, then does no further harm.
+
+    (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms
+    using rounding to odd", IEEE Transactions on Computers 57, 2008.)
+    """
+    half = copy.deepcopy(network).half()
+    for exact, rounded in zip(network.parameters(), half.parameters(), strict=True):
+        bits = rounded.view(torch.int16)
+        bits.sub_((rounded.float().abs() > exact.abs()).to(torch.int16))  # towards zero
+        bits.bitwise_or_((rounded.float() != exact).to(torch.int16))
+    return half
+
+
+def write_onnx(network: UNet, path: Path, card: EngineCard) -> None:
     """Write `network` (folded, in eval mode) as ONNX with free batch, height and width."""
+    network = halve(network)
     axes = {0: "batch", 1: "height", 2: "width"}
     with warnings.catch_warnings():
         # The newer exporter refuses the padding of a free size; this one warns that it is the older.
@@ -94,15 +121,19 @@ def write_onnx(network: nn.Module, path: Path, card: EngineCard) -> None:
     onnx.save(model, path)
 
 
-def write_pt2(network: nn.Module, path: Path, card: EngineCard) -> None:
-    """Write `network` (folded, in eval mode) as a torch.export program for sizes that are multiples of 16."""
+def write_pt2(network: UNet, path: Path, card: EngineCard) -> None:
+    """Write `network` (folded, in eval mode) as a torch.export program for sizes that are multiples of its own.
+
+    From two multiples up: torch.export will not believe in a size of one.
+    """
+    multiple = network.multiple_px
     sizes = [
-        MULTIPLE_PX * torch.export.Dim(axis, min=SMALLEST_PX // MULTIPLE_PX, max=LARGEST_PX // MULTIPLE_PX)
-        for axis in ("rows", "columns")
+        multiple * torch.export.Dim(axis, min=2, max=LARGEST_PX // multiple) for axis in ("rows", "columns")
     ]
     batch = torch.export.Dim("batch", min=1, max=1024)
+    example = torch.zeros(2, 1, 4 * multiple, 6 * multiple)
     program = torch.export.export(
-        network.eval(), (torch.zeros(2, 1, 64, 96),), dynamic_shapes=({0: batch, 2: sizes[0], 3: sizes[1]},)
+        network.eval(), (example,), dynamic_shapes=({0: batch, 2: sizes[0], 3: sizes[1]},)
     )
     torch.export.save(program, path, extra_files={"card.json": json.dumps(card.to_metadata())})
 
@@ -136,6 +167,12 @@ bias-free: {"yes" if card.bias_free else "no"}. Files: `{card.name}.onnx` (OpenV
 """
 
 
+def describe(network: UNet) -> str:
+    """The architecture in words."""
+    half = ", at half resolution" if network.unshuffle == 2 else ""
+    return f"UNet, {network.base} base channels, {network.scales} scales{half}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -148,8 +185,8 @@ def main() -> None:
         parser.error(f"output must end in .onnx, got {arguments.output}")
 
     state = torch.load(arguments.checkpoint, weights_only=True)
-    recipe = state["recipe"]
-    network = getattr(models, recipe["network"])(recipe["base"])
+    recipe = Recipe(**state["recipe"])
+    network = recipe.build()
     network.load_state_dict(state["network"])
     network.eval()
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -158,19 +195,20 @@ def main() -> None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     card = EngineCard(
         name=arguments.output.stem,
-        architecture=f"{recipe['network']}, {recipe['base']} base channels, four scales",
+        architecture=describe(network),
         parameters=parameters,
         field_of_view_px=field_px,
+        multiple_px=network.multiple_px,
         bias_free=True,
         dose_range=DOSE_RANGE,
         sampling_pm=100 * SAMPLING_A,
         psnr_db=0.0,  # not yet scored
         ssim=0.0,
         trained=(
-            f"{arguments.data or recipe['train']}; {state['step']} steps of {recipe['batch']} crops of "
-            f"{recipe['crop_px']} px in {state['spent_s'] / 3600:.2f} h"
+            f"{arguments.data or recipe.train}; {state['step']} steps of {recipe.batch} crops of "
+            f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"
             f"{' on ' + arguments.hardware if arguments.hardware else ''}; AdamW, peak rate "
-            f"{recipe['learning_rate']}, cosine schedule, EMA {EMA_DECAY}"
+            f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}"
         ),
         commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
     )

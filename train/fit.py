@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train import models
 from train.dataset import Images
-from train.models.unet import BiasFreeBatchNorm
+from train.models.unet import BiasFreeBatchNorm, UNet
 from train.noise import PAPER_DOSE, draw_doses, expose
 
 CHECKPOINT_S = 60.0
@@ -40,6 +39,8 @@ class Recipe:
 
     network: str
     base: int
+    scales: int
+    unshuffle: int
     train: str
     validate: str
     hours: float
@@ -57,6 +58,16 @@ class Recipe:
         if missing := sorted(known - set(values)):
             raise ValueError(f"{path}: missing key {', '.join(missing)}")
         return cls(**values)
+
+    def build(self) -> UNet:
+        """The network, untrained."""
+        if self.network != "UNet":
+            raise ValueError(f"network must be UNet, got {self.network!r}")
+        return UNet(self.base, self.scales, self.unshuffle)
+
+    def same_network(self, other: dict[str, object]) -> bool:
+        """Whether weights of the recipe `other` fit this one's network."""
+        return all(other.get(key) == getattr(self, key) for key in ("network", "base", "scales", "unshuffle"))
 
 
 def psnr(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -114,17 +125,17 @@ def main() -> None:
     checkpoint_path = arguments.out / "checkpoint.pt"
 
     torch.manual_seed(recipe.seed)
-    network = getattr(models, recipe.network)(recipe.base).to(memory_format=torch.channels_last)
+    network = recipe.build().to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).eval()
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(recipe.seed)
     step, spent_s, best = 0, 0.0, -math.inf
     if checkpoint_path.exists():
         state = torch.load(checkpoint_path, weights_only=True)
-        if state["recipe"]["network"] != recipe.network or state["recipe"]["base"] != recipe.base:
+        if not recipe.same_network(state["recipe"]):
             raise ValueError(
-                f"{checkpoint_path} holds a {state['recipe']['network']} of base {state['recipe']['base']}, "
-                f"the recipe asks for {recipe.network} of base {recipe.base}; choose another OUTDIR"
+                f"{checkpoint_path} holds another network than {arguments.recipe} asks for: "
+                f"{state['recipe']}; choose another OUTDIR"
             )
         network.load_state_dict(state["network"])
         ema.load_state_dict(state["ema"])

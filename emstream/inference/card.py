@@ -19,6 +19,8 @@ class EngineCard:
     parameters: int
     field_of_view_px: int
     """Side of the square of input pixels that can move one output pixel."""
+    multiple_px: int
+    """Height and width are padded to multiples of this inside."""
     bias_free: bool
     dose_range: tuple[float, float]
     """Doses it was trained for [electrons/pixel/frame]."""

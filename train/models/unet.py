@@ -1,17 +1,16 @@
 """The bias-free UNet of Mohan et al. (arXiv 2010.12970), for any number of base channels.
 
-Shapes: counts (B, 1, H, W) in, expected counts (B, 1, H, W) out; H and W multiples
-of 16 inside `UNet`, anything through `CountsToIntensity`.
+Shapes: counts (B, 1, H, W) in, expected counts (B, 1, H, W) out; H and W multiples of
+`multiple_px` inside `UNet`, anything through `train.export.CountsToIntensity`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-SCALES = 4
-MULTIPLE_PX = 2**SCALES
 
 
 class BiasFreeBatchNorm(nn.BatchNorm2d):
@@ -62,32 +61,45 @@ class DoubleConv(nn.Sequential):
         super().__init__(*layers)
 
 
+def encoder_channels(base: int, scales: int) -> list[int]:
+    """Channels of the stem and of each coarser scale, as in the published code: C, C, C, 2C, 4C, 8C, 8C for six."""
+    growing = [base, base] + [base * 2**n for n in range(scales - 2)]
+    return [*growing, growing[-1]] if scales > 2 else [base] * 3
+
+
 class UNet(nn.Module):
-    """UNet at four scales; `base` 32, 64 or 128 channels give 352 K, 1.41 M and 5.61 M parameters.
+    """UNet of `scales` times halved maps, `base` channels at the finest.
 
     Bias-free, so f(a x) = a f(x) for a > 0 and one network serves every dose
     (Mohan et al., "Robust and interpretable blind image denoising", ICLR 2020).
+
+    With `unshuffle` 2 the input's 2x2 pixels become four channels of half the size and
+    the output's back again: the costly full-resolution convolutions are gone.
     """
 
-    def __init__(self, base: int = 32) -> None:
+    def __init__(self, base: int = 32, scales: int = 4, unshuffle: int = 1) -> None:
         super().__init__()
-        c = base
-        self.base = base
-        self.stem = DoubleConv(1, c, c)
-        self.down = nn.ModuleList(
-            [DoubleConv(a, b, b) for a, b in ((c, c), (c, c), (c, 2 * c), (2 * c, 2 * c))]
-        )
+        self.base, self.scales, self.unshuffle = base, scales, unshuffle
+        self.multiple_px = unshuffle * 2**scales
+        c = encoder_channels(base, scales)
+        self.stem = DoubleConv(unshuffle**2, c[0], c[0])
+        self.down = nn.ModuleList([DoubleConv(a, b, b) for a, b in pairwise(c)])
         self.up = nn.ModuleList(
-            [DoubleConv(4 * c, 2 * c, c)] + [DoubleConv(2 * c, c, c) for _ in range(SCALES - 1)]
+            [
+                DoubleConv(2 * skip, skip, after)
+                for skip, after in zip(c[-2::-1], [*c[-3::-1], base], strict=True)
+            ]
         )
-        self.head = nn.Conv2d(c, 1, 1, bias=False)
+        self.head = nn.Conv2d(base, unshuffle**2, 1, bias=False)
 
     def forward(self, counts: Tensor) -> Tensor:
-        skips = [self.stem(counts)]
+        x = F.pixel_unshuffle(counts, self.unshuffle) if self.unshuffle > 1 else counts
+        skips = [self.stem(x)]
         for block in self.down:
             skips.append(block(F.max_pool2d(skips[-1], 2)))
         x = skips.pop()
         for block in self.up:
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
             x = block(torch.cat([skips.pop(), x], dim=1))
-        return self.head(x)
+        x = self.head(x)
+        return F.pixel_shuffle(x, self.unshuffle) if self.unshuffle > 1 else x
