@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +57,9 @@ Gain = Annotated[float, typer.Option(help="ADU per electron, for cameras that do
 Offset = Annotated[float, typer.Option(help="ADU without any electron.")]
 Precision = Annotated[str | None, typer.Option(help="bf16 or f32. [default: the fastest this CPU has]")]
 Threads = Annotated[int | None, typer.Option(help="Cores for the engine. [default: all]")]
+Device = Annotated[
+    str, typer.Option(help="cpu, GPU numbers such as 0 or 0,1, or auto: a GPU where there is one.")
+]
 ViewHost = Annotated[str, typer.Option(help="Address the live page listens on.")]
 ViewPort = Annotated[int, typer.Option(help="Port of the live page; 0 picks a free one.")]
 
@@ -85,6 +90,7 @@ def demo(
     width: Width = 512,
     seed: Seed = 0,
     engine: EnginePath = None,
+    device: Device = "auto",
     output: Annotated[str, typer.Option(help="Publish here, too.")] = "tcp://127.0.0.1:*",
     headless: Annotated[bool, typer.Option("--headless", help="No live page.")] = False,
     view_port: ViewPort = 8080,
@@ -101,7 +107,7 @@ def demo(
         headless = True
     settings = DemoSettings(
         rate=rate, dose=dose, height=height, width=width, seed=seed, frames=frames, engine=engine,
-        output=output, view=None if headless else ("127.0.0.1", view_port),
+        device=device, output=output, view=None if headless else ("127.0.0.1", view_port),
     )  # fmt: skip
 
     def ready(url: str | None) -> None:
@@ -130,7 +136,9 @@ def serve(
             help="What gives way under overload. [default: block for inputs that can wait, else drop-oldest]"
         ),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Batches the ring holds.")] = 4,
+    slots: Annotated[
+        int | None, typer.Option(help="Batches the ring holds. [default: what the engine holds, and two]")
+    ] = None,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
     drain_s: Annotated[
         float, typer.Option(help="Longest that frames may take to finish after a stop.")
@@ -139,6 +147,7 @@ def serve(
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    device: Device = "auto",
     precision: Precision = None,
     threads: Threads = None,
     max_frame_mib: Annotated[int, typer.Option(help="Larger frames are rejected [MiB].")] = 256,
@@ -157,7 +166,7 @@ def serve(
     from emstream.serve import serve as run
 
     settings = Settings(
-        input=input, output=output, engine=engine, precision=precision, threads=threads,
+        input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
         offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect,
         frames=frames,
@@ -258,6 +267,7 @@ def denoise(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    device: Device = "auto",
     precision: Precision = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -272,7 +282,7 @@ def denoise(
     from emstream.denoise import denoise_file
     from emstream.inference import load_engine
 
-    loaded = load_engine(engine, precision=precision, threads=threads)
+    loaded = load_engine(engine, precision=precision, threads=threads, device=device)
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -295,13 +305,74 @@ def denoise(
 
 
 @app.command()
+def build(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL.onnx", help="An engine as train.export writes it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="MODEL.plan, or a folder with --all.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every plan in engines/plans.toml.")] = False,
+    size: Annotated[str, typer.Option(help="Frame size, rows x columns [px].")] = "512x512",
+    type: Annotated[str, typer.Option(help="Pixel type: uint8, uint16, uint32 or float32.")] = "uint8",
+    max_batch: Annotated[int, typer.Option(help="Most frames in a batch.")] = 8,
+    flavour: Annotated[
+        str | None,
+        typer.Option(help="tensorrt or tensorrt-rtx. [default: what is installed and can build here]"),
+    ] = None,
+    device: Annotated[int, typer.Option(help="The GPU to build for.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compile a model for TensorRT: one frame size and type, batches up to the largest.
+
+    Example: **emstream build engines/unet32.onnx -o unet32.plan --size 512x512 --type uint8**
+    """
+    from emstream.plans import PlanOrder, build_all, build_one, builder
+
+    if everything == (model is not None):
+        raise ValueError("give either MODEL.onnx or --all")
+    chosen, gpu = builder(flavour, device)
+    with _phases() as progress:
+        if model is None:
+            reports = build_all(output or Path(), chosen, gpu, progress)
+            brief = {name: each.get("error") or each["plan"] for name, each in reports.items()}
+            _print_report(reports if as_json else brief, as_json)
+            if all("error" in each for each in reports.values()):
+                raise typer.Exit(1)
+            return
+        order = PlanOrder(model, output or Path(model.stem + ".plan"), size, type, max_batch)
+        report = build_one(order, chosen, gpu, progress)
+    _print_report(report, as_json)
+
+
+@contextmanager
+def _phases() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each of TensorRT's phases that is under way."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    tasks: dict[str, TaskID] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+
+        def step(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+            if done == total:
+                progress.remove_task(tasks.pop(phase))
+
+        yield step
+
+
+@app.command()
 def info(
     engine: Annotated[
         Path | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")
     ] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """What an engine is: network, training domain, precision, device.
+    """What an engine is: network, training domain, precision, device; where a plan comes from.
 
     Example: **emstream info engines/unet32.onnx**
     """
@@ -309,9 +380,15 @@ def info(
 
     from emstream.inference import load_engine
 
-    loaded = load_engine(engine)
+    if engine is not None and engine.suffix == ".plan":
+        from emstream.plans import describe
+
+        _print_report(describe(engine, device), as_json)
+        return
+    loaded = load_engine(engine, device=device)
     card = asdict(loaded.card) if loaded.card else {}
     _print_report({**card, **loaded.identity}, as_json)
+    loaded.close()
 
 
 def _print_report(report: dict[str, Any], as_json: bool) -> None:

@@ -39,6 +39,7 @@ class DemoSettings:
     seed: int = 0
     frames: int | None = None
     engine: str | Path | None = None
+    device: str = "auto"
     output: str = "tcp://127.0.0.1:*"
     view: tuple[str, int] | None = ("127.0.0.1", 8080)
     """Where the live page listens; None shows no page."""
@@ -107,6 +108,7 @@ def run_demo(settings: DemoSettings, on_ready: Callable[[str | None], None] | No
             input=endpoint,
             output=settings.output,
             engine=settings.engine,
+            device=settings.device,
             expect=f"{settings.height}x{settings.width}:{specimen.dtype.name}",
             frames=settings.frames,
         )

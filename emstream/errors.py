@@ -8,7 +8,8 @@
     ├── EngineError
     │   ├── EngineNotFound     no such file
     │   ├── EngineInvalid      not a model, or not one of ours
-    │   └── EngineUnavailable  right file, but this machine or installation cannot run it
+    │   ├── EngineUnavailable  right file, but this machine or installation cannot run it
+    │   └── CudaError          no GPU, or a call to it that failed
     ├── FileFormatError      a movie that cannot be read or written
     └── MalformedFrame       one message; the service counts it as rejected and goes on
 
@@ -43,6 +44,10 @@ class EngineInvalid(EngineError):
 
 
 class EngineUnavailable(EngineError):
+    pass
+
+
+class CudaError(EngineError):
     pass
 
 

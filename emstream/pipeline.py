@@ -2,11 +2,12 @@
 
 ::
 
-    source ──▶ intake ──▶ ring ──▶ engine ──▶ publisher
-    (thread)              slots    (thread)   (thread)
+    source ──▶ intake ──▶ ring ──▶ engine: submit ──▶ engine: collect ──▶ publisher
+    (thread)              slots    (thread)           (thread)
 
-Each of the three threads spends its time in ZeroMQ, NumPy or the engine, all of which
-release the interpreter's lock.
+Batches go into the engine as soon as it has room, whether or not one before them is
+being waited for: that keeps a GPU busy. Each of the three threads spends its time in
+ZeroMQ, NumPy or the engine, all of which release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -60,7 +60,9 @@ class Pipeline:
         self._frames = frames
         self._drain_s = drain_s
         self._drain_until_ns: int | None = None
-        self._done: SimpleQueue[Slot | SeriesMark | None] = SimpleQueue()
+        self._submitted: SimpleQueue[tuple[Any, Slot | SeriesMark] | None] = SimpleQueue()
+        self._in_engine = 0
+        self._room = threading.Condition()
         self._stopping = threading.Event()
         self._aborting = threading.Event()
         self._fault: BaseException | None = None
@@ -74,14 +76,14 @@ class Pipeline:
 
     def run(self) -> None:
         """Run to the end. Raises EmstreamError when a thread died before its time."""
-        receive, infer, publish = (
+        receive, submit, publish = (
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"))
-            for work in (self._receive, self._infer, self._publish)
+            for work in (self._receive, self._submit, self._publish)
         )
-        for thread in (publish, infer, receive):
+        for thread in (publish, submit, receive):
             thread.start()
         # Short waits, so that the main thread gets to run signal handlers.
-        for thread in (receive, infer, publish):
+        for thread in (receive, submit, publish):
             while thread.is_alive():
                 thread.join(timeout=0.2)
                 self._watch_the_drain()
@@ -118,51 +120,62 @@ class Pipeline:
         finally:
             self._ring.close()
 
-    def _infer(self) -> None:
-        submitted: deque[tuple[Any, Slot | SeriesMark]] = deque()
+    def _submit(self) -> None:
         depth = self._engine.depth
         try:
             while True:
-                while len(submitted) < depth:
-                    item = self._ring.claim(block=not submitted)
-                    if item is None:
-                        break
-                    if isinstance(item, SeriesMark):
-                        submitted.append((None, item))
-                    elif self._aborting.is_set():
-                        self._settle(item, self._ledger.drop)
-                    elif (
-                        ticket := self._attempt(item, self._engine.submit, item.counts, item.expected)
-                    ) is not None:
-                        submitted.append((ticket, item))
-                        depth = self._engine.depth_for(item.shape)
-                if not submitted:
+                # A batch goes on filling until the engine has room for it.
+                self._wait_for_room(depth)
+                item = self._ring.claim()
+                if item is None:
                     return
-                ticket, item = submitted.popleft()
-                if isinstance(item, Slot):
-                    result = self._attempt(item, self._engine.collect, ticket)
-                    if result is None:
-                        continue
-                    item.result, item.inferred_ns = result, now_ns()
-                self._done.put(item)
+                if isinstance(item, SeriesMark):
+                    self._submitted.put((None, item))
+                    continue
+                depth = self._engine.depth_for(item.shape)
+                self._wait_for_room(depth)
+                if self._aborting.is_set():
+                    self._settle(item, self._ledger.drop)
+                    continue
+                ticket = self._attempt(item, self._engine.submit, item.counts, item.expected)
+                if ticket is not None:
+                    with self._room:
+                        self._in_engine += 1
+                    self._submitted.put((ticket, item))
         finally:
-            self._done.put(None)
+            self._submitted.put(None)
+
+    def _wait_for_room(self, depth: int) -> None:
+        with self._room:
+            self._room.wait_for(lambda: self._in_engine < depth or self._aborting.is_set())
 
     def _publish(self) -> None:
         next_stats_ns = now_ns()
         while True:
             with contextlib.suppress(Empty):
-                item = self._done.get(timeout=STATS_EVERY_S)
-                if item is None:
+                submitted = self._submitted.get(timeout=STATS_EVERY_S)
+                if submitted is None:
                     self._publisher.stats(self.report())
                     return
-                if isinstance(item, Slot):
-                    self._publish_slot(item)
-                else:
+                ticket, item = submitted
+                if isinstance(item, SeriesMark):
                     self._publisher.mark(item)
+                elif self._collect(ticket, item):
+                    self._publish_slot(item)
             if now_ns() >= next_stats_ns:
                 next_stats_ns = now_ns() + int(STATS_EVERY_S * 1e9)
                 self._publisher.stats(self.report())
+
+    def _collect(self, ticket: Any, slot: Slot) -> bool:
+        """Wait for a batch; False when the engine failed on it."""
+        result = self._attempt(slot, self._engine.collect, ticket)
+        with self._room:
+            self._in_engine -= 1
+            self._room.notify()
+        if result is None:
+            return False
+        slot.result, slot.inferred_ns = result, now_ns()
+        return True
 
     def _publish_slot(self, slot: Slot) -> None:
         left = None if self._frames is None else self._frames - self._ledger.published
@@ -195,6 +208,8 @@ class Pipeline:
         self._stopping.set()
         self._aborting.set()
         self._intake.abort()
+        with self._room:
+            self._room.notify()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

@@ -29,7 +29,7 @@ import numpy as np
 from emstream.frame import FrameHeader, now_ns
 
 _MAX_MARKS = 100
-_SLOT_NBYTES = 256 * 1024**2
+_SLOT_NBYTES = 96 * 1024**2
 Allocator = Callable[[int], np.ndarray]
 
 
@@ -38,6 +38,11 @@ def allocate_pageable(nbytes: int) -> np.ndarray:
     memory = np.empty(nbytes, np.uint8)
     memory.fill(0)
     return memory
+
+
+def rows_for(shape: tuple[int, int], dtype: np.dtype[Any], max_batch: int) -> int:
+    """Frames in a slot: `max_batch`, or as many as 96 MiB of input and output hold."""
+    return max(1, min(max_batch, _SLOT_NBYTES // (shape[0] * shape[1] * (dtype.itemsize + 4))))
 
 
 class State(Enum):
@@ -87,14 +92,10 @@ class Slot:
     def prepare(
         self, shape: tuple[int, int], dtype: np.dtype[Any], max_batch: int, allocate: Allocator
     ) -> None:
-        """Make room for frames of `shape` and `dtype`; memory grows when needed and never shrinks.
-
-        Frames too big for `max_batch` of them in 256 MiB make a smaller batch.
-        """
+        """Make room for frames of `shape` and `dtype`; memory grows when needed and never shrinks."""
         if (shape, dtype) == (self.shape, self.dtype):
             return
-        frame_nbytes = shape[0] * shape[1] * (dtype.itemsize + 4)
-        rows = max(1, min(max_batch, _SLOT_NBYTES // frame_nbytes))
+        rows = rows_for(shape, dtype, max_batch)
         pixels = rows * shape[0] * shape[1]
         if self._input.nbytes < pixels * dtype.itemsize:
             self._input = allocate(pixels * dtype.itemsize)
@@ -140,6 +141,12 @@ class Ring:
         self._filling: Slot | None = None
         self._writing = False
         self._closed = False
+
+    def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        """Before the first frame: allocate every slot for frames of `shape` and `dtype`."""
+        with self._changed:
+            for slot in self._free:
+                slot.prepare(shape, dtype, self.max_batch, self._allocate)
 
     # -- producer ---------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class Settings:
     """Endpoint to publish on."""
     engine: str | Path | None = None
     """Model file; None is the one that ships with emstream."""
+    device: str = "auto"
+    """cpu, GPU numbers such as 0 or 0,1, or auto."""
     precision: str | None = None
     threads: int | None = None
     max_batch: int | None = None
@@ -50,8 +52,11 @@ class Settings:
     """How long a batch's first frame may wait for company while the engine is idle."""
     overrun: Overrun | None = None
     """What gives way under overload; None lets sources wait that can, and drops the oldest of the others."""
-    slots: int = 4
-    """Batches in the ring: what a burst may pile up before the overrun policy applies."""
+    slots: int | None = None
+    """Batches in the ring: what a burst may pile up before the overrun policy applies.
+
+    None is what the engine holds at a time and two more.
+    """
     gain: float = 1.0
     offset: float = 0.0
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
@@ -109,13 +114,22 @@ def build(
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
     keep_freed_blocks()
     ledger = Ledger()
-    engine = engine or load_engine(settings.engine, precision=settings.precision, threads=settings.threads)
+    engine = engine or load_engine(
+        settings.engine, precision=settings.precision, threads=settings.threads, device=settings.device
+    )
+    max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
+    if engine.max_batch is not None and max_batch > engine.max_batch:
+        raise ValueError(
+            f"{engine.name} takes batches of up to {engine.max_batch} frames, max_batch is {max_batch}"
+        )
     engine.prepare(*settings.expected_frame())
     ring = Ring(
-        slots=settings.slots,
-        max_batch=settings.max_batch if settings.max_batch is not None else engine.best_batch,
+        slots=settings.slots if settings.slots is not None else engine.depth + 2,
+        max_batch=max_batch,
         max_wait_ns=int(settings.max_wait_ms * 1e6),
+        allocate=engine.allocate,
     )
+    ring.prepare(*settings.expected_frame())
     dose_range = engine.card.dose_range if engine.card else None
     publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     try:

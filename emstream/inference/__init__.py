@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
-from emstream.errors import EngineInvalid, EngineNotFound, EngineUnavailable
+from emstream.errors import CudaError, EngineInvalid, EngineNotFound, EngineUnavailable
 from emstream.inference.card import EngineCard
 from emstream.inference.engine import Engine, IdentityEngine
+from emstream.inference.shared import SharedEngine
 from emstream.inference.tiling import TiledEngine
 
 __all__ = ["Engine", "EngineCard", "IdentityEngine", "default_engine", "load_engine"]
 
-_SUFFIXES = ".onnx (OpenVINO, any CPU), .pt2 (PyTorch) or the word identity"
+log = logging.getLogger(__name__)
+_SUFFIXES = ".onnx (any CPU, or a GPU), .plan (TensorRT), .pt2 (PyTorch) or the word identity"
 
 
 def default_engine() -> Path:
@@ -25,13 +28,21 @@ def default_engine() -> Path:
 
 
 def load_engine(
-    path: str | Path | None = None, *, precision: str | None = None, threads: int | None = None
+    path: str | Path | None = None,
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+    device: str = "auto",
 ) -> Engine:
     """Load an engine from a model file; without a path, the one that ships with emstream.
 
-    `precision` is "bf16" or "f32", by default the fastest this processor has; `threads`
-    by default all its cores. Raises EngineNotFound, EngineInvalid or EngineUnavailable.
+    `device` is "cpu", GPU numbers such as "0" or "0,1" that share the batches, or "auto": a
+    GPU where there is one with all it needs, and the CPU otherwise. `precision` ("bf16" or
+    "f32", by default the fastest this processor has) and `threads` (by default all its
+    cores) are for the CPU, and choose it. Raises EngineNotFound, EngineInvalid or
+    EngineUnavailable.
     """
+    gpus = _gpus(device)
     if str(path) == "identity":
         return IdentityEngine()
     path = default_engine() if path is None else Path(path)
@@ -39,21 +50,92 @@ def load_engine(
         raise EngineNotFound(
             f"no engine at {path}; shipped: {', '.join(map(str, shipped_engines())) or 'none'}"
         )
-    if path.suffix == ".onnx":
-        from emstream.inference.openvino import OpenVINOEngine
-
-        return TiledEngine(OpenVINOEngine(path, precision=precision, threads=threads))
-    if path.suffix == ".pt2":
-        if importlib.util.find_spec("torch") is None:
-            raise EngineUnavailable(f"{path} needs PyTorch: pip install 'emstream[train]'; {_sibling(path)}")
-        from emstream.inference.torch import TorchEngine
-
-        return TiledEngine(TorchEngine(path, threads=threads))
+    if path.suffix not in (".onnx", ".pt2", ".plan"):
+        raise EngineInvalid(f"{path} is no engine: expected {_SUFFIXES}")
+    if device == "auto" and (precision or threads):
+        device = "cpu"
     if path.suffix == ".plan":
-        raise EngineUnavailable(
-            f"{path} is a TensorRT plan, which this version of emstream cannot run; {_sibling(path)}"
-        )
-    raise EngineInvalid(f"{path} is no engine: expected {_SUFFIXES}")
+        if device == "cpu":
+            raise EngineUnavailable(f"{path} is a TensorRT plan and needs a GPU; {_sibling(path)}")
+        return _on_gpus(path, gpus or [0])
+    if path.suffix == ".pt2":
+        return _load_torch(path, gpus, device, threads)
+    if device != "cpu" and (gpus or _worth_trying()):
+        return _on_gpus(path, gpus or [0])
+    from emstream.inference.openvino import OpenVINOEngine
+
+    return TiledEngine(OpenVINOEngine(path, precision=precision, threads=threads))
+
+
+def _gpus(device: str) -> list[int]:
+    """GPU numbers in `device`; none for "auto" and "cpu"."""
+    if device in ("auto", "cpu"):
+        return []
+    numbers = device.split(",")
+    if not all(number.isascii() and number.isdecimal() for number in numbers) or len(set(numbers)) < len(
+        numbers
+    ):
+        raise ValueError(f"device must be auto, cpu or GPU numbers such as 0 or 0,1, got {device!r}")
+    return [int(number) for number in numbers]
+
+
+def _worth_trying() -> bool:
+    """Whether there is a GPU that an .onnx can run on; where only a package is missing, say so."""
+    from emstream import cuda
+    from emstream.inference import flavour
+
+    try:
+        first = cuda.devices()[:1]
+    except CudaError as error:
+        log.debug("no GPU: %s", error)
+        if cuda.driver_present():
+            log.warning("there is an NVIDIA driver, and the CPU is used: %s", error)
+        return False
+    if first:
+        try:
+            flavour.installed()
+            return True
+        except EngineUnavailable as error:
+            log.warning("there is a GPU, %s, and the CPU is used: %s", first[0].name, error)
+    return False
+
+
+def _on_gpus(path: Path, gpus: list[int]) -> Engine:
+    """A plan, or an .onnx through cached plans, on one GPU or several."""
+    from emstream.cuda import open_gpu
+    from emstream.inference import flavour
+    from emstream.inference.cached import kernel_cache, load_onnx
+    from emstream.inference.plan import read_record
+    from emstream.inference.tensorrt import load_plan
+
+    record = read_record(path) if path.suffix == ".plan" else None
+    engines: list[Engine] = []
+    try:
+        for index in gpus:
+            gpu = open_gpu(index)
+            if record is None:
+                engines.append(load_onnx(path, gpu, flavour.installed()))
+            else:
+                chosen = flavour.installed(record.flavour)
+                engines.append(load_plan(path, gpu, chosen, kernel_cache(chosen, gpu.info)))
+    except (CudaError, EngineUnavailable) as error:
+        for engine in engines:
+            engine.close()
+        raise EngineUnavailable(f"{path} cannot run on a GPU here: {error}; {_sibling(path)}") from None
+    return TiledEngine(engines[0] if len(engines) == 1 else SharedEngine(engines))
+
+
+def _load_torch(path: Path, gpus: list[int], device: str, threads: int | None) -> Engine:
+    if importlib.util.find_spec("torch") is None:
+        raise EngineUnavailable(f"{path} needs PyTorch: pip install 'emstream[train]'; {_sibling(path)}")
+    from emstream.inference.torch import TorchEngine, cuda_available
+
+    if device == "auto" and cuda_available():
+        gpus = [0]
+    engines = [TorchEngine(path, device=f"cuda:{index}") for index in gpus]
+    if not engines:
+        return TiledEngine(TorchEngine(path, threads=threads))
+    return TiledEngine(engines[0] if len(engines) == 1 else SharedEngine(engines))
 
 
 def shipped_engines() -> list[Path]:
@@ -63,5 +145,6 @@ def shipped_engines() -> list[Path]:
 
 
 def _sibling(path: Path) -> str:
-    onnx = path.with_suffix(".onnx")
-    return f"{onnx if onnx.exists() else default_engine()} runs here"
+    """Which engine does run here."""
+    near = [path.with_suffix(".onnx"), default_engine().with_name(path.stem + ".onnx"), default_engine()]
+    return f"{next(onnx for onnx in near if onnx.exists())} runs on the CPU (--device cpu)"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from emstream.inference.card import EngineCard
+from emstream.ring import allocate_pageable
 
 
 class Engine(ABC):
@@ -20,18 +21,23 @@ class Engine(ABC):
 
     `submit` starts a batch and returns a ticket, `collect` waits for it. At most `depth`
     tickets are out at a time, collected in the order of their submission. Until then
-    `counts` must not change and `expected` must not be read.
+    `counts` must not change and `expected` must not be read. One thread may submit while
+    another collects.
     """
 
     name: str
     device: str
     """Processor, precision and library, for people."""
     sha256: str | None = None
-    """Of the model file."""
+    """Of the model file; of the ONNX file that a plan was built from."""
     card: EngineCard | None = None
     depth: int = 2
     best_batch: int = 1
     """Frames per batch beyond which the engine gains nothing."""
+    max_batch: int | None = None
+    """Most frames per batch; None for any number."""
+    largest_px: tuple[int, int] | None = None
+    """Rows and columns of the largest frame it takes whole; None for any."""
 
     @abstractmethod
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
@@ -43,6 +49,10 @@ class Engine(ABC):
 
         Raises what the engine raised.
         """
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        """Memory (nbytes,) uint8 for batches, of the kind that this engine reads and writes fastest."""
+        return allocate_pageable(nbytes)
 
     def depth_for(self, shape: tuple[int, int]) -> int:
         """How many batches of frames (H, W) gain from being in flight together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,13 @@ class OpenVINOEngine(Engine):
         processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
         version = ov.get_version().split("-")[0]
         self.device = f"{processor.strip()}, {precision}, OpenVINO {version}"
+        self._lock = threading.Lock()
         self._compiled: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
-        compiled = self._compile(counts)
-        request = compiled.idle.pop() if compiled.idle else compiled.model.create_infer_request()
+        with self._lock:
+            compiled = self._compile(counts)
+            request = compiled.idle.pop() if compiled.idle else compiled.model.create_infer_request()
         request.set_input_tensor(ov.Tensor(counts, shared_memory=True))
         request.set_output_tensor(ov.Tensor(expected, shared_memory=True))
         request.start_async()
@@ -74,7 +77,8 @@ class OpenVINOEngine(Engine):
 
     def collect(self, ticket: _Ticket) -> np.ndarray:
         ticket.request.wait()
-        ticket.compiled.idle.append(ticket.request)
+        with self._lock:
+            ticket.compiled.idle.append(ticket.request)
         return ticket.expected
 
     def _compile(self, counts: np.ndarray) -> _Compiled:

@@ -13,30 +13,30 @@ from typing import Any
 
 import numpy as np
 
+from emstream.errors import EngineError
 from emstream.inference.engine import Engine
 
 TILE_PX = 1024
-_MULTIPLE_PX = 16  # of the coarsest scale of the networks
 
 
 @lru_cache(maxsize=32)
-def tile_spans(length: int, tile: int, overlap: int) -> tuple[tuple[int, int], ...]:
+def tile_spans(length: int, tile: int, overlap: int, multiple: int = 16) -> tuple[tuple[int, int], ...]:
     """Cover `length` pixels with spans (start, stop) of at most `tile`, neighbours sharing at least `overlap`.
 
-    As few as possible, and as short as that allows. They start at multiples of 16, so that the
-    network's pooling falls on the same pixels as without tiles; all but the last are equally long.
+    As few as possible, and as short as that allows. They start at multiples of `multiple`, so that
+    the network's pooling falls on the same pixels as without tiles; all but the last are equally long.
     """
     if length <= tile:
         return ((0, length),)
-    largest_step = (tile - overlap) // _MULTIPLE_PX * _MULTIPLE_PX
+    largest_step = (tile - overlap) // multiple * multiple
     count = math.ceil((length - tile) / largest_step) + 1
-    step = min(largest_step, _round_up((length - overlap) / count))
-    size = min(tile, _round_up(max(step + overlap, length - (count - 1) * step)))
+    step = min(largest_step, _round_up((length - overlap) / count, multiple))
+    size = min(tile, _round_up(max(step + overlap, length - (count - 1) * step), multiple))
     return tuple((i * step, min(i * step + size, length)) for i in range(count))
 
 
-def _round_up(length: float) -> int:
-    return math.ceil(length / _MULTIPLE_PX) * _MULTIPLE_PX
+def _round_up(length: float, multiple: int) -> int:
+    return math.ceil(length / multiple) * multiple
 
 
 @lru_cache(maxsize=32)
@@ -79,22 +79,43 @@ class TiledEngine(Engine):
     """
 
     def __init__(self, engine: Engine, tile_px: int = TILE_PX) -> None:
+        """Tiles are as large as the engine says, or `tile_px` squared when it takes any size."""
         self._engine = engine
-        self._tile_px = tile_px
-        field_of_view = engine.card.field_of_view_px if engine.card else 0
-        self._overlap_px = math.ceil(field_of_view / 2)
-        if tile_px < 2 * self._overlap_px + _MULTIPLE_PX:
-            raise ValueError(
-                f"tiles of {tile_px} px are too small for a field of view of {field_of_view} px; "
-                f"use at least {2 * self._overlap_px + _MULTIPLE_PX} px"
-            )
+        self._tile = engine.largest_px or (tile_px, tile_px)
+        card = engine.card
+        self._overlap_px = math.ceil(card.field_of_view_px / 2) if card else 0
+        self._multiple_px = card.multiple_px if card else 1
+        self._smallest_px = 2 * self._overlap_px + self._multiple_px
+        if engine.largest_px is None and tile_px < self._smallest_px:
+            raise ValueError(f"tiles of {tile_px} px are too small: {self._too_small()}")
         self.name, self.device, self.sha256 = engine.name, engine.device, engine.sha256
         self.card, self.depth, self.best_batch = engine.card, engine.depth, engine.best_batch
+        self.max_batch = engine.max_batch
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        return self._engine.allocate(nbytes)
+
+    def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        if self._whole(shape):
+            self._engine.prepare(shape, dtype)
+        else:
+            super().prepare(shape, dtype)
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
-        if max(counts.shape[1:]) <= self._tile_px:
+        if self._whole(counts.shape[1:]):
             return self._engine.submit(counts, expected)
+        if min(self._tile) < self._smallest_px:
+            raise EngineError(
+                f"frames of {counts.shape[1]}x{counts.shape[2]} are larger than the engine's "
+                f"{self._tile[0]}x{self._tile[1]}, which is too small for tiles: {self._too_small()}"
+            )
         return _Deferred(counts, expected)
+
+    def _whole(self, shape: tuple[int, ...]) -> bool:
+        return shape[0] <= self._tile[0] and shape[1] <= self._tile[1]
+
+    def _too_small(self) -> str:
+        return f"its field of view takes at least {self._smallest_px} px"
 
     def collect(self, ticket: Any) -> np.ndarray:
         if not isinstance(ticket, _Deferred):
@@ -104,15 +125,17 @@ class TiledEngine(Engine):
         return ticket.expected
 
     def depth_for(self, shape: tuple[int, int]) -> int:
-        return self.depth if max(shape) <= self._tile_px else 1
+        return self._engine.depth_for(shape) if self._whole(shape) else 1
 
     def close(self) -> None:
         self._engine.close()
 
     def _blend(self, counts: np.ndarray, expected: np.ndarray) -> None:
         """Denoise one frame (H, W), tile by tile."""
-        rows = tile_spans(counts.shape[0], self._tile_px, self._overlap_px)
-        columns = tile_spans(counts.shape[1], self._tile_px, self._overlap_px)
+        rows, columns = (
+            tile_spans(length, tile, self._overlap_px, self._multiple_px)
+            for length, tile in zip(counts.shape, self._tile, strict=True)
+        )
         expected.fill(0)
         for (top, bottom), down in zip(rows, ramp(rows), strict=True):
             for (left, right), across in zip(columns, ramp(columns), strict=True):

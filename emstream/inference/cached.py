@@ -1,0 +1,161 @@
+"""An .onnx on a GPU: a plan for each frame size and type, built once and kept in the cache folder.
+
+A cached plan's file name holds a digest of all that the plan depends on, so that another
+GPU, driver, version or model finds none and builds its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emstream.cuda import Gpu, GpuInfo
+from emstream.errors import EngineInvalid
+from emstream.inference.build import build_plan, read_card
+from emstream.inference.engine import Engine, sha256_of
+from emstream.inference.flavour import Flavour
+from emstream.inference.plan import PLAN_TYPES, Profile, read_record, write_plan
+from emstream.inference.tensorrt import load_plan
+from emstream.ring import rows_for
+
+log = logging.getLogger(__name__)
+_LARGEST_PX = (4096, 4096)  # larger frames are tiled
+_BEST_BATCH = 8
+_KEPT_PLANS = 4  # loaded at a time; a camera rarely uses more frame sizes than this
+
+
+def cache_folder() -> Path:
+    """Where plans, timings and kernels are kept for this user."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("emstream", appauthor=False)
+
+
+def timing_cache(flavour: Flavour, gpu: GpuInfo | None) -> Path | None:
+    """Where TensorRT's measurements of kernels on this GPU are kept; None for a flavour that measures none."""
+    return None if flavour.portable or gpu is None else _per_gpu("timings", flavour, gpu)
+
+
+def kernel_cache(flavour: Flavour, gpu: GpuInfo) -> Path | None:
+    """Where kernels compiled for this GPU are kept; None for a flavour whose plans hold them."""
+    return _per_gpu("kernels", flavour, gpu) if flavour.portable else None
+
+
+def _per_gpu(what: str, flavour: Flavour, gpu: GpuInfo) -> Path:
+    key = f"{flavour.version}-{gpu.name}-{gpu.capability}-{gpu.driver}".replace(" ", "-").replace("/", "-")
+    return cache_folder() / what / f"{flavour.name}-{key}"
+
+
+def cached_plan(onnx: Path, sha256: str, profile: Profile, flavour: Flavour, gpu: GpuInfo) -> Path:
+    """The cached plan of `onnx`, built now if there is none yet."""
+    depends_on: dict[str, Any] = {"onnx": sha256, "flavour": flavour.name, "version": flavour.version}
+    depends_on |= asdict(profile) | {"gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver}
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    size = f"{profile.height}x{profile.width}-{profile.type}-{profile.max_batch}"
+    path = cache_folder() / "plans" / f"{onnx.stem}-{size}-{digest}.plan"
+    if path.exists():
+        try:
+            read_record(path)
+            return path
+        except EngineInvalid as error:
+            log.warning("building a cached plan again: %s", error)
+    log.info("building a plan of %s for %s, once: this can take minutes", onnx, profile)
+    record, compiled = build_plan(onnx, profile, flavour, gpu, timing_cache=timing_cache(flavour, gpu))
+    write_plan(path, record, compiled)
+    log.info("built %s", path)
+    return path
+
+
+@dataclass
+class _Ticket:
+    engine: Engine
+    ticket: Any
+
+
+class CachedPlansEngine(Engine):
+    """Runs an .onnx through a plan for each frame size and type that comes.
+
+    One thread may submit while another collects.
+    """
+
+    depth = 3
+    best_batch = _BEST_BATCH
+    largest_px = _LARGEST_PX
+
+    def __init__(self, path: Path, gpu: Gpu, device: str, load: Callable[[Profile], Engine]) -> None:
+        """`load` makes the engine for one kind of frame."""
+        self.card = read_card(path)
+        self.name, self.sha256, self.device = self.card.name, sha256_of(path), device
+        self._gpu, self._load = gpu, load
+        self._engines: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
+        self._under_way: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        return self._gpu.pin(nbytes)
+
+    def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        with self._lock:
+            engine = self._engine(shape, dtype)
+        engine.prepare(shape, dtype)
+
+    def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
+        with self._lock:
+            engine = self._engine((counts.shape[1], counts.shape[2]), counts.dtype)
+            self._under_way[id(engine)] += 1
+        try:
+            return _Ticket(engine, engine.submit(counts, expected))
+        except BaseException:
+            self._settle(engine)
+            raise
+
+    def collect(self, ticket: _Ticket) -> np.ndarray:
+        try:
+            return ticket.engine.collect(ticket.ticket)
+        finally:
+            self._settle(ticket.engine)
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def _engine(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Engine:
+        """The engine for frames of `shape` and `dtype`, lock held."""
+        kind = dtype.name if dtype.name in PLAN_TYPES else "float32"
+        key = (*shape, kind)
+        if key in self._engines:
+            self._engines.move_to_end(key)
+            return self._engines[key]
+        for old, engine in list(self._engines.items())[: 1 - _KEPT_PLANS]:
+            if not self._under_way[id(engine)]:
+                engine.close()
+                del self._engines[old], self._under_way[id(engine)]
+        rows = rows_for(shape, np.dtype(kind), self.best_batch)
+        engine = self._load(Profile(height=shape[0], width=shape[1], type=kind, max_batch=rows))
+        self._engines[key], self._under_way[id(engine)] = engine, 0
+        return engine
+
+    def _settle(self, engine: Engine) -> None:
+        with self._lock:
+            self._under_way[id(engine)] -= 1
+
+
+def load_onnx(path: Path, gpu: Gpu, flavour: Flavour) -> Engine:
+    """The ONNX engine at `path` on one GPU."""
+    digest = sha256_of(path)
+
+    def load(profile: Profile) -> Engine:
+        plan = cached_plan(path, digest, profile, flavour, gpu.info)
+        return load_plan(plan, gpu, flavour, kernel_cache(flavour, gpu.info))
+
+    return CachedPlansEngine(path, gpu, f"{gpu.info.name}, {flavour.name} {flavour.version}, {gpu.api}", load)

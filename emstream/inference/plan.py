@@ -1,0 +1,158 @@
+"""A plan file: what TensorRT compiled, behind the record of what it was compiled from.
+
+::
+
+    b"emstream plan 1\\n" | record length, 8 bytes little-endian | record, JSON | TensorRT's bytes
+
+A plan is for one frame size and pixel type, a range of batches, one version of one
+flavour, and (but for TensorRT for RTX) one kind of GPU. All of that is checked before
+TensorRT sees it, so that a refusal can name both sides and the command that rebuilds.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from emstream.cuda import GpuInfo
+from emstream.errors import EngineInvalid, EngineUnavailable
+from emstream.inference.card import EngineCard
+
+_MAGIC = b"emstream plan 1\n"
+_LONGEST_RECORD = 1 << 20
+PLAN_TYPES = ("uint8", "uint16", "uint32", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The frames that a plan takes, `max_batch` of them at a time."""
+
+    height: int
+    width: int
+    type: str
+    max_batch: int
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"a frame needs at least 1x1 pixels, got {self.height}x{self.width}")
+        if self.type not in PLAN_TYPES:
+            raise ValueError(f"a plan's pixel type must be one of {', '.join(PLAN_TYPES)}, got {self.type!r}")
+        if self.max_batch < 1:
+            raise ValueError(f"a plan's largest batch must be at least 1 frame, got {self.max_batch}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.type)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}:{self.type}, batches of 1-{self.max_batch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Where a plan comes from."""
+
+    onnx: str
+    """The model file's path when the plan was built."""
+    onnx_sha256: str
+    flavour: str
+    version: str
+    gpu: str | None
+    """None: TensorRT for RTX built it for every GPU that it supports."""
+    capability: str | None
+    driver: str | None
+    """Newest CUDA version that the driver knew."""
+    precision: str
+    profile: Profile
+    built: str
+    """UTC, ISO 8601."""
+    emstream: str
+    card: EngineCard
+
+    def rebuild(self, path: Path) -> str:
+        """The command that builds this plan again."""
+        p = self.profile
+        return (
+            f"emstream build {self.onnx} -o {path} --size {p.height}x{p.width} --type {p.type} "
+            f"--max-batch {p.max_batch} --flavour {self.flavour}"
+        )
+
+    def check(self, path: Path, *, flavour: str, version: str, gpu: GpuInfo) -> None:
+        """Raise EngineUnavailable, naming both sides, when this installation or GPU cannot run the plan."""
+        sides = [(f"{self.flavour} {self.version}", f"{flavour} {version}")]
+        if self.gpu is not None:
+            sides.append((f"{self.gpu} ({self.capability})", f"{gpu.name} ({gpu.capability})"))
+        for built, here in sides:
+            if built != here:
+                raise EngineUnavailable(
+                    f"{path} was built for {built}, and here is {here}; build it again: {self.rebuild(path)}"
+                )
+        if self.driver is not None and _number(gpu.driver) < _number(self.driver):
+            raise EngineUnavailable(
+                f"{path} was built with a driver for CUDA {self.driver}, and the one here is for CUDA "
+                f"{gpu.driver}; update the driver or build it again: {self.rebuild(path)}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, the card's among them last."""
+        return asdict(self)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def write_plan(path: Path, record: Record, compiled: bytes) -> None:
+    """Write a plan file; `path` is the old one or the whole new one, also when killed."""
+    text = json.dumps(record.as_dict()).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(_MAGIC + struct.pack("<Q", len(text)) + text)
+        file.write(compiled)
+    partial.replace(path)
+
+
+def read_record(path: Path) -> Record:
+    """What `path` was built from and for; needs no GPU. Raises EngineInvalid."""
+    with path.open("rb") as file:
+        return _read_record(file, path)
+
+
+def read_plan(path: Path) -> tuple[Record, bytes]:
+    """The record, and what TensorRT compiled."""
+    with path.open("rb") as file:
+        record, compiled = _read_record(file, path), file.read()
+    if not compiled:
+        raise EngineInvalid(f"{path} ends before the plan; build it again: {record.rebuild(path)}")
+    return record, compiled
+
+
+def _read_record(file: IO[bytes], path: Path) -> Record:
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise EngineInvalid(
+            f"{path} does not say what it was built from, as plans of emstream do; "
+            "build one: emstream build MODEL.onnx -o MODEL.plan"
+        )
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _LONGEST_RECORD:
+            raise ValueError(f"a record of {length} bytes")
+        values = json.loads(file.read(length))
+        values["profile"] = Profile(**values["profile"])
+        values["card"] = EngineCard(**{**values["card"], "dose_range": tuple(values["card"]["dose_range"])})
+        unknown = set(values) ^ {field.name for field in fields(Record)}
+        if unknown:
+            raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
+        return Record(**values)
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise EngineInvalid(f"{path} is a damaged plan ({error}); build it again") from None
