@@ -143,7 +143,12 @@ def serve(
     drain_s: Annotated[
         float, typer.Option(help="Longest that frames may take to finish after a stop.")
     ] = 10.0,
-    expect: Annotated[str, typer.Option(help="Frame size and type to be ready for.")] = "512x512:uint8",
+    expect: Annotated[
+        str | None,
+        typer.Option(
+            help="Frame size and type to be ready for. [default: the engine's own, or 512x512:uint8]"
+        ),
+    ] = None,
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,

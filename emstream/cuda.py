@@ -187,8 +187,6 @@ def _driver() -> _PyCuda | _Bindings:
     raise CudaError("neither pycuda nor cuda-bindings is installed: pip install 'emstream[rtx]'")
 
 
-
-
 # -- cuda-bindings ---------------------------------------------------------------
 
 

@@ -62,8 +62,11 @@ class Settings:
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
     queue: int = DEFAULT_QUEUE
     """Messages a subscriber may lag by before it loses some."""
-    expect: str = "512x512:uint8"
-    """Frame size and type to be ready for; other frames are taken, too, but the first has to wait."""
+    expect: str | None = None
+    """Frame size and type to be ready for; other frames are taken, too, but the first has to wait.
+
+    None is what the engine was compiled for, or 512x512:uint8.
+    """
     drain_s: float = 10.0
     """How long frames already received may take to finish after a stop."""
     frames: int | None = None
@@ -80,15 +83,18 @@ class Settings:
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
 
-    def expected_frame(self) -> tuple[tuple[int, int], np.dtype[Any]]:
-        """(H, W) and type of `expect`."""
-        match = re.fullmatch(r"(\d+)x(\d+):(\w+)", self.expect)
-        if not match or match[3] not in PIXEL_TYPES or 0 in (int(match[1]), int(match[2])):
-            raise ValueError(
-                f"expect must look like 512x512:uint8 (rows, columns, type), got {self.expect!r}"
-            )
+    def expected_frame(self, engine: Engine | None = None) -> tuple[tuple[int, int], np.dtype[Any]]:
+        """(H, W) and type of the frames that `engine` should be ready for."""
+        shape, dtype = (engine.made_for if engine else None) or ((512, 512), PIXEL_TYPES["uint8"])
+        if self.expect is not None:
+            match = re.fullmatch(r"(\d+)x(\d+):(\w+)", self.expect)
+            if not match or match[3] not in PIXEL_TYPES or 0 in (int(match[1]), int(match[2])):
+                raise ValueError(
+                    f"expect must look like 512x512:uint8 (rows, columns, type), got {self.expect!r}"
+                )
+            shape, dtype = (int(match[1]), int(match[2])), PIXEL_TYPES[match[3]]
         converted = self.gain != 1.0 or self.offset != 0.0
-        return (int(match[1]), int(match[2])), PIXEL_TYPES["float32" if converted else match[3]]
+        return shape, PIXEL_TYPES["float32"] if converted else dtype
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,14 @@ def build(
         raise ValueError(
             f"{engine.name} takes batches of up to {engine.max_batch} frames, max_batch is {max_batch}"
         )
-    engine.prepare(*settings.expected_frame())
+    engine.prepare(*settings.expected_frame(engine))
     ring = Ring(
         slots=settings.slots if settings.slots is not None else engine.depth + 2,
         max_batch=max_batch,
         max_wait_ns=int(settings.max_wait_ms * 1e6),
         allocate=engine.allocate,
     )
-    ring.prepare(*settings.expected_frame())
+    ring.prepare(*settings.expected_frame(engine))
     dose_range = engine.card.dose_range if engine.card else None
     publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     try:

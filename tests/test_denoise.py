@@ -20,7 +20,7 @@ from emstream.inference import EngineCard, IdentityEngine
 from emstream.movies import open_movie, save_movie
 
 CARD = EngineCard(
-    name="careful", architecture="none", parameters=0, field_of_view_px=1, bias_free=True,
+    name="careful", architecture="none", parameters=0, field_of_view_px=1, multiple_px=1, bias_free=True,
     dose_range=(0.3, 0.7), sampling_pm=6.2, psnr_db=0, ssim=0, trained="not at all", commit="",
 )  # fmt: skip
 

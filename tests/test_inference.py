@@ -63,10 +63,10 @@ def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_engine(path)
 
 
-def test_plan_names_the_onnx_beside_it(tmp_path: Path) -> None:
+def test_file_that_is_no_plan_is_refused_and_the_onnx_beside_it_named(tmp_path: Path) -> None:
     (tmp_path / "unet32.plan").touch()
     shutil.copy(default_engine(), tmp_path / "unet32.onnx")
-    with pytest.raises(EngineUnavailable, match=r"unet32\.onnx runs here"):
+    with pytest.raises(EngineInvalid, match=r"does not say what it was built from.*unet32\.onnx runs on the CPU"):
         load_engine(tmp_path / "unet32.plan")
 
 

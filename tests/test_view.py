@@ -43,6 +43,7 @@ CARD = EngineCard(
     architecture="none",
     parameters=0,
     field_of_view_px=1,
+    multiple_px=1,
     bias_free=True,
     dose_range=(1.0, 3.0),
     sampling_pm=6.2,

@@ -108,7 +108,10 @@ def _on_gpus(path: Path, gpus: list[int]) -> Engine:
     from emstream.inference.plan import read_record
     from emstream.inference.tensorrt import load_plan
 
-    record = read_record(path) if path.suffix == ".plan" else None
+    try:
+        record = read_record(path) if path.suffix == ".plan" else None
+    except EngineInvalid as error:
+        raise EngineInvalid(f"{error}; {_sibling(path)}") from None
     engines: list[Engine] = []
     try:
         for index in gpus:

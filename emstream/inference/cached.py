@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from emstream.ring import rows_for
 log = logging.getLogger(__name__)
 _LARGEST_PX = (4096, 4096)  # larger frames are tiled
 _BEST_BATCH = 8
+_SAY_EVERY_S = 5.0
 _KEPT_PLANS = 4  # loaded at a time; a camera rarely uses more frame sizes than this
 
 
@@ -69,10 +71,24 @@ def cached_plan(onnx: Path, sha256: str, profile: Profile, flavour: Flavour, gpu
         except EngineInvalid as error:
             log.warning("building a cached plan again: %s", error)
     log.info("building a plan of %s for %s, once: this can take minutes", onnx, profile)
-    record, compiled = build_plan(onnx, profile, flavour, gpu, timing_cache=timing_cache(flavour, gpu))
+    record, compiled = build_plan(
+        onnx, profile, flavour, gpu, timing_cache=timing_cache(flavour, gpu), progress=_LogProgress()
+    )
     write_plan(path, record, compiled)
     log.info("built %s", path)
     return path
+
+
+class _LogProgress:
+    """Says every few seconds how far a build is: a service has no terminal to draw a bar on."""
+
+    def __init__(self) -> None:
+        self._next_s = time.monotonic() + _SAY_EVERY_S
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if time.monotonic() > self._next_s:
+            self._next_s = time.monotonic() + _SAY_EVERY_S
+            log.info("still building: %s, %d of %d", phase.lower(), done, total)
 
 
 @dataclass

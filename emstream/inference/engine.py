@@ -38,6 +38,8 @@ class Engine(ABC):
     """Most frames per batch; None for any number."""
     largest_px: tuple[int, int] | None = None
     """Rows and columns of the largest frame it takes whole; None for any."""
+    made_for: tuple[tuple[int, int], np.dtype[Any]] | None = None
+    """Frame size and pixel type that it was compiled for; None for any."""
 
     @abstractmethod
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:

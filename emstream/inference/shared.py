@@ -38,6 +38,7 @@ class SharedEngine(Engine):
         self.depth = sum(engine.depth for engine in engines)
         self.best_batch = min(engine.best_batch for engine in engines)
         self.max_batch, self.largest_px = first.max_batch, first.largest_px
+        self.made_for = first.made_for
 
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._engines[0].allocate(nbytes)  # page-locked for every GPU

@@ -29,7 +29,7 @@ from emstream.errors import CudaError, EngineError, EngineInvalid
 from emstream.inference.build import INPUT, OUTPUT, input_shape
 from emstream.inference.engine import Engine
 from emstream.inference.flavour import Flavour
-from emstream.inference.plan import Profile, Record, read_plan
+from emstream.inference.plan import PLAN_TYPES, Profile, Record, read_plan
 
 log = logging.getLogger(__name__)
 _FLOAT32 = np.dtype(np.float32)
@@ -172,6 +172,7 @@ class TensorRTEngine(Engine):
         self.card, self.name, self.sha256 = record.card, record.card.name, record.onnx_sha256
         self.best_batch = self.max_batch = record.profile.max_batch
         self.largest_px = record.profile.shape
+        self.made_for = record.profile.shape, record.profile.dtype
         self.device = f"{gpu.info.name}, {record.precision}, {record.flavour} {record.version}, {gpu.api}"
         self._graphs = graphs and gpu.has_graphs
         self._lock = threading.Lock()
@@ -215,6 +216,7 @@ class TensorRTEngine(Engine):
 
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         """Run every lane at a batch of 1 and at the largest until both come from a graph."""
+        self._check_type(dtype)
         p = self._profile
         for batch in {1, p.max_batch}:
             counts = np.zeros((batch, *p.shape), p.dtype)
@@ -268,13 +270,18 @@ class TensorRTEngine(Engine):
 
     # -- memory -------------------------------------------------------------------
 
+    def _check_type(self, dtype: np.dtype[Any]) -> None:
+        p = self._profile
+        if p.type != "float32" and not np.can_cast(dtype, p.dtype, "safe"):
+            wanted = dtype.name if dtype.name in PLAN_TYPES else "float32"
+            rebuild = self.record.rebuild(self._path).replace(f"--type {p.type}", f"--type {wanted}")
+            raise EngineError(
+                f"{self._path} is for {p.type} pixels, and the frames are {dtype}; build one for them: {rebuild}"
+            )
+
     def _check(self, counts: np.ndarray) -> None:
         p = self._profile
-        if p.type != "float32" and not np.can_cast(counts.dtype, p.dtype, "safe"):
-            raise EngineError(
-                f"{self._path} is for {p.type} pixels, and the frames are {counts.dtype}; build one for "
-                f"them: {self.record.rebuild(self._path).replace(f'--type {p.type}', '--type float32')}"
-            )
+        self._check_type(counts.dtype)
         if len(counts) > p.max_batch:
             raise ValueError(f"{self._path} takes batches of up to {p.max_batch} frames, got {len(counts)}")
         if counts.shape[1] > p.height or counts.shape[2] > p.width:

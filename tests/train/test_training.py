@@ -28,7 +28,7 @@ from train.noise import DOSE_RANGE, draw_doses, expose
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "train/recipes/unet32-cpu.toml"
 CARD = EngineCard(
-    name="small", architecture="UNet", parameters=1, field_of_view_px=221, bias_free=True, dose_range=(0.1, 10.0),
+    name="small", architecture="UNet", parameters=1, field_of_view_px=221, multiple_px=16, bias_free=True, dose_range=(0.1, 10.0),
     sampling_pm=6.2, psnr_db=0.0, ssim=0.0, trained="not", commit="none",
 )  # fmt: skip
 
