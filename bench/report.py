@@ -111,16 +111,27 @@ def write(
     theme: str, title: str, results: Mapping[str, Any], body: str, arguments: argparse.Namespace
 ) -> Path | None:
     """Print `body` (Markdown) and write it with `results`; returns the folder of the results, if any."""
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     print(body)
     if arguments.json:
-        arguments.json.write_text(text)
+        arguments.json.write_text(_json(results))
     folder: Path | None = arguments.results or (None if arguments.quick else RESULTS)
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{theme}.json").write_text(text)
-        (folder / f"{theme}.md").write_text(f"# {title}\n\n{_provenance(results)}\n\n{body}\n")
+        save(theme, title, results, body, folder)
     return folder
+
+
+def save(theme: str, title: str, results: Mapping[str, Any], body: str, folder: Path) -> None:
+    """Write THEME.json and THEME.md; each is the old one or the whole new one, also when interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown = f"# {title}\n\n{_provenance(results)}\n\n{body}\n"
+    for name, text in {f"{theme}.json": _json(results), f"{theme}.md": markdown}.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / name)
+
+
+def _json(results: Mapping[str, Any]) -> str:
+    return json.dumps(results, indent=2, allow_nan=False) + "\n"
 
 
 @contextmanager

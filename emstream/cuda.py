@@ -22,8 +22,9 @@ import importlib.util
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,18 @@ class Gpu(ABC):
     """One GPU and its primary context, which TensorRT and torch share.
 
     Buffers, streams, events and graphs are opaque; `address` and `handle` give the
-    integers that TensorRT wants. All but `pin` and `is_pinned` need `current()`.
+    integers that TensorRT wants. They and page-locked memory are given back with the last
+    reference, from any thread. All but `pin` and `is_pinned` need `current()`.
     """
 
     info: GpuInfo
     api: str
     """The package that makes the calls, and its version."""
-    has_graphs: bool
+    _bindings: _Bindings | None = None
+
+    @property
+    def has_graphs(self) -> bool:
+        return self._bindings is not None
 
     @abstractmethod
     def current(self) -> contextlib.AbstractContextManager[None]:
@@ -83,16 +89,26 @@ class Gpu(ABC):
         Write-combined memory is written fast and read very slowly by the CPU.
         """
         with self.current():
-            array = self._pin(nbytes, PORTABLE | (WRITE_COMBINED if write_combined else 0))
+            array, owner = self._pin(nbytes, PORTABLE | (WRITE_COMBINED if write_combined else 0))
         address = array.ctypes.data
         _pinned[address] = nbytes
-        weakref.finalize(array, _pinned.pop, address, None)
+        # On the array, which is the base of all its views. Not at exit: a thread may be writing there still.
+        weakref.finalize(array, self._forget, address, owner).atexit = False
         array.fill(0)
         return array
 
+    def _forget(self, address: int, owner: Any) -> None:
+        del _pinned[address]
+        with contextlib.suppress(CudaError), self.current():
+            self._unpin(owner)
+
     @abstractmethod
-    def _pin(self, nbytes: int, flags: int) -> np.ndarray:
-        """The array must keep its memory alive by being the base of every view."""
+    def _pin(self, nbytes: int, flags: int) -> tuple[np.ndarray, Any]:
+        """The memory, and what `_unpin` needs."""
+
+    @abstractmethod
+    def _unpin(self, owner: Any) -> None:
+        """Give page-locked memory back."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Any:
@@ -102,9 +118,9 @@ class Gpu(ABC):
     def address(self, buffer: Any) -> int:
         """Where it lies on the device."""
 
-    @abstractmethod
     def free(self, buffer: Any) -> None:
-        """Give device memory back; nothing under way may use it."""
+        """Give device memory back now; nothing under way may use it."""
+        buffer.give_back()
 
     @abstractmethod
     def stream(self) -> Any:
@@ -138,14 +154,35 @@ class Gpu(ABC):
     def download(self, array: np.ndarray, buffer: Any, stream: Any) -> None:
         """Copy the start of `buffer` into a contiguous host array."""
 
-    @abstractmethod
     @contextlib.contextmanager
     def capture(self, stream: Any) -> Iterator[list[Any]]:
         """What is put on `stream` within is not done but kept: afterwards the list holds one graph."""
+        call, kept = self._graphs(), list[Any]()
+        handle = call.cuda.CUstream(self.handle(stream))
+        call("cuStreamBeginCapture", handle, call.cuda.CUstreamCaptureMode(_CAPTURE_THREAD_LOCAL))
+        try:
+            yield kept
+        except BaseException:
+            with contextlib.suppress(CudaError):  # ends the capture, whatever it holds
+                call("cuGraphDestroy", call("cuStreamEndCapture", handle))
+            raise
+        graph = call("cuStreamEndCapture", handle)
+        try:
+            kept.append(
+                _Owned(self, call("cuGraphInstantiate", graph, 0), partial(call, "cuGraphExecDestroy"))
+            )
+        finally:
+            call("cuGraphDestroy", graph)
 
-    @abstractmethod
     def launch(self, graph: Any, stream: Any) -> None:
         """Do on `stream` what a graph keeps."""
+        call = self._graphs()
+        call("cuGraphLaunch", graph.it, call.cuda.CUstream(self.handle(stream)))
+
+    def _graphs(self) -> _Bindings:
+        if self._bindings is None:
+            raise CudaError("graphs need cuda-bindings: pip install cuda-bindings")
+        return self._bindings
 
     @abstractmethod
     def memory_free(self) -> int:
@@ -182,9 +219,57 @@ def _driver() -> _PyCuda | _Bindings:
         raise CudaError(f"no NVIDIA driver: {_DRIVER} cannot be loaded")
     if importlib.util.find_spec("pycuda"):
         return _PyCuda()
-    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
+    if _has_bindings():
         return _Bindings()
     raise CudaError("neither pycuda nor cuda-bindings is installed: pip install 'emstream[rtx]'")
+
+
+def _has_bindings() -> bool:
+    return bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CudaError(f"{name} is installed and cannot be imported: {error}") from None
+
+
+class _Owned:
+    """A buffer, stream, event or graph, given back in its own context with the last reference to it.
+
+    That may happen in any thread; pycuda by itself only gives back in the one that opened the GPU.
+    """
+
+    def __init__(self, gpu: Gpu, it: Any, give_back: Callable[[Any], object] = lambda it: None) -> None:
+        """`give_back` may be left out for what goes when nothing refers to it."""
+        self._it = [it]
+        self._finalizer = weakref.finalize(self, _finalize, gpu, self._it, give_back)
+        self._finalizer.atexit = False  # a thread may be using it still
+
+    @property
+    def it(self) -> Any:
+        if not self._it:
+            raise ValueError("used after it was given back to the GPU")
+        return self._it[0]
+
+    def give_back(self) -> None:
+        """Now, where the context is current; again does nothing."""
+        alive = self._finalizer.detach()
+        if alive is not None:
+            _, _, (_, it, give_back), _ = alive
+            give_back(it.pop())
+
+
+def _finalize(gpu: Gpu, it: list[Any], give_back: Callable[[Any], object]) -> None:
+    with contextlib.suppress(CudaError), gpu.current():
+        give_back(it.pop())
+
+
+def _info(index: int, name: str, capability: Any, version: Any, memory_bytes: Any) -> GpuInfo:
+    major, minor = capability
+    driver = f"{version // 1000}.{version % 1000 // 10}"
+    return GpuInfo(index, name, f"{major}.{minor}", driver, int(memory_bytes))
 
 
 # -- cuda-bindings ---------------------------------------------------------------
@@ -194,8 +279,8 @@ class _Bindings:
     """The driver through cuda-bindings, which are wheels and need no compiler."""
 
     def __init__(self) -> None:
-        self.cuda = importlib.import_module("cuda.bindings.driver")
-        self.api = f"cuda-bindings {importlib.import_module('cuda.bindings').__version__}"
+        self.cuda = _import("cuda.bindings.driver")
+        self.api = f"cuda-bindings {_import('cuda.bindings').__version__}"
         self("cuInit", 0)
 
     def __call__(self, name: str, *arguments: Any) -> Any:
@@ -209,59 +294,22 @@ class _Bindings:
         return int(self("cuDeviceGetCount"))
 
     def info(self, index: int) -> GpuInfo:
-        device = self("cuDeviceGet", index)
-        attribute = self.cuda.CUdevice_attribute
-        capability = [
-            self("cuDeviceGetAttribute", attribute[f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"], device)
-            for part in ("MAJOR", "MINOR")
-        ]
+        device, attribute = self("cuDeviceGet", index), self.cuda.CUdevice_attribute
+        major = self("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = self("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         name = self("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
-        version = int(self("cuDriverGetVersion"))
-        return _info(index, name, capability, version, int(self("cuDeviceTotalMem", device)))
+        memory = self("cuDeviceTotalMem", device)
+        return _info(index, name, (major, minor), self("cuDriverGetVersion"), memory)
 
     def open(self, index: int) -> Gpu:
         return _BindingsGpu(self, index)
 
 
-def _info(index: int, name: str, capability: Any, version: int, memory_bytes: int) -> GpuInfo:
-    major, minor = capability
-    return GpuInfo(
-        index, name, f"{major}.{minor}", f"{version // 1000}.{version % 1000 // 10}", int(memory_bytes)
-    )
-
-
-class _Graphs:
-    """Graph capture through cuda-bindings, for streams of either package."""
-
-    def __init__(self, call: _Bindings) -> None:
-        self._call = call
-
-    @contextlib.contextmanager
-    def capture(self, handle: int) -> Iterator[list[Any]]:
-        call, kept = self._call, []
-        stream = call.cuda.CUstream(handle)
-        call("cuStreamBeginCapture", stream, call.cuda.CUstreamCaptureMode(_CAPTURE_THREAD_LOCAL))
-        try:
-            yield kept
-        except BaseException:
-            with contextlib.suppress(CudaError):  # ends the capture, whatever it holds
-                call("cuStreamEndCapture", stream)
-            raise
-        graph = call("cuStreamEndCapture", stream)
-        kept.append(call("cuGraphInstantiate", graph, 0))
-        call("cuGraphDestroy", graph)
-
-    def launch(self, graph: Any, handle: int) -> None:
-        self._call("cuGraphLaunch", graph, self._call.cuda.CUstream(handle))
-
-
 class _BindingsGpu(Gpu):
-    has_graphs = True
-
     def __init__(self, call: _Bindings, index: int) -> None:
-        self._call, self.info, self.api = call, call.info(index), call.api
+        self._call, self._bindings = call, call
+        self.info, self.api = call.info(index), call.api
         self._context = call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", index))
-        self._graphs = _Graphs(call)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -271,57 +319,55 @@ class _BindingsGpu(Gpu):
         finally:
             self._call("cuCtxPopCurrent")
 
-    def _pin(self, nbytes: int, flags: int) -> np.ndarray:
+    def _pin(self, nbytes: int, flags: int) -> tuple[np.ndarray, Any]:
         address = int(self._call("cuMemHostAlloc", nbytes, flags))
-        block = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(block, self._unpin, address)
-        return np.frombuffer(block, np.uint8)
+        block: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+        return np.frombuffer(block, np.uint8), address
 
-    def _unpin(self, address: int) -> None:
-        with contextlib.suppress(CudaError), self.current():  # at exit the driver may be gone
-            self._call("cuMemFreeHost", address)
+    def _unpin(self, owner: Any) -> None:
+        self._call("cuMemFreeHost", owner)
 
     def allocate(self, nbytes: int) -> Any:
-        return self._call("cuMemAlloc", nbytes)
+        return self._owned("cuMemFree", self._call("cuMemAlloc", nbytes))
 
     def address(self, buffer: Any) -> int:
-        return int(buffer)
-
-    def free(self, buffer: Any) -> None:
-        self._call("cuMemFree", buffer)
+        return int(buffer.it)
 
     def stream(self) -> Any:
-        return self._call("cuStreamCreate", _NON_BLOCKING)
+        return self._owned("cuStreamDestroy", self._call("cuStreamCreate", _NON_BLOCKING))
 
     def handle(self, stream: Any) -> int:
-        return int(stream)
+        return int(stream.it)
 
     def event(self) -> Any:
-        return self._call("cuEventCreate", _BLOCKING_SYNC | _DISABLE_TIMING)
+        return self._owned("cuEventDestroy", self._call("cuEventCreate", _BLOCKING_SYNC | _DISABLE_TIMING))
 
     def record(self, event: Any, stream: Any) -> None:
-        self._call("cuEventRecord", event, stream)
+        self._call("cuEventRecord", event.it, stream.it)
 
     def wait(self, stream: Any, event: Any) -> None:
-        self._call("cuStreamWaitEvent", stream, event, 0)
+        self._call("cuStreamWaitEvent", stream.it, event.it, 0)
 
     def synchronize(self, event: Any) -> None:
-        self._call("cuEventSynchronize", event)
+        self._call("cuEventSynchronize", event.it)
 
     def upload(self, buffer: Any, array: np.ndarray, stream: Any) -> None:
-        self._call("cuMemcpyHtoDAsync", buffer, array.ctypes.data, array.nbytes, stream)
+        self._call("cuMemcpyHtoDAsync", buffer.it, _start(array), array.nbytes, stream.it)
 
     def download(self, array: np.ndarray, buffer: Any, stream: Any) -> None:
-        self._call("cuMemcpyDtoHAsync", array.ctypes.data, buffer, array.nbytes, stream)
-
-    def capture(self, stream: Any) -> contextlib.AbstractContextManager[list[Any]]:  # type: ignore[override]
-        return self._graphs.capture(int(stream))
-
-    def launch(self, graph: Any, stream: Any) -> None:
-        self._graphs.launch(graph, int(stream))
+        self._call("cuMemcpyDtoHAsync", _start(array), buffer.it, array.nbytes, stream.it)
 
     def memory_free(self) -> int:
         return int(self._call("cuMemGetInfo")[0])
+
+    def _owned(self, give_back: str, it: Any) -> _Owned:
+        return _Owned(self, it, partial(self._call, give_back))
+
+
+def _start(array: np.ndarray) -> int:
+    if not array.flags.c_contiguous:
+        raise ValueError("only contiguous arrays can be copied to or from a GPU")
+    return int(array.ctypes.data)
 
 
 # -- pycuda ----------------------------------------------------------------------
@@ -331,109 +377,95 @@ class _PyCuda:
     """The driver through pycuda, which is compiled against a CUDA toolkit."""
 
     def __init__(self) -> None:
-        self.cuda = importlib.import_module("pycuda.driver")
-        self.api = f"pycuda {importlib.import_module('pycuda').VERSION_TEXT}"
-        with self.named("cuInit"):
-            self.cuda.init()
+        self.cuda = _import("pycuda.driver")
+        self.api = f"pycuda {_import('pycuda').VERSION_TEXT}"
+        self(self.cuda.init)
 
-    @contextlib.contextmanager
-    def named(self, name: str) -> Iterator[None]:
-        """pycuda's errors name the call and the reason already."""
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call pycuda; what it returns, or CudaError with the driver's call and the error's name."""
         try:
-            yield
+            return function(*arguments)
         except self.cuda.Error as error:
-            raise CudaError(f"{name}: {error}") from None
+            raise CudaError(_with_name(str(error))) from None
 
     def count(self) -> int:
-        return int(self.cuda.Device.count())
+        return int(self(self.cuda.Device.count))
 
     def info(self, index: int) -> GpuInfo:
-        device = self.cuda.Device(index)
-        return _info(
-            index,
-            device.name(),
-            device.compute_capability(),
-            self.cuda.get_driver_version(),
-            device.total_memory(),
-        )
+        device = self(self.cuda.Device, index)
+        name, capability, memory = map(self, (device.name, device.compute_capability, device.total_memory))
+        return _info(index, name, capability, self(self.cuda.get_driver_version), memory)
 
     def open(self, index: int) -> Gpu:
         return _PyCudaGpu(self, index)
 
 
+def _with_name(text: str) -> str:
+    """pycuda's "CALL failed: MEANING - REMARK" as "CALL: CUDA_ERROR_...", which can be looked up."""
+    call, _, meaning = text.partition(" - ")[0].partition(" failed: ")
+    driver, found = ctypes.CDLL(_DRIVER), ctypes.c_char_p()
+    for code in range(1, 1000):
+        if driver.cuGetErrorString(code, ctypes.byref(found)) == 0 and found.value == meaning.encode():
+            driver.cuGetErrorName(code, ctypes.byref(found))
+            return f"{call}: {(found.value or b'').decode()}"
+    return text
+
+
 class _PyCudaGpu(Gpu):
-    def __init__(self, driver: _PyCuda, index: int) -> None:
-        self._cuda, self._named = driver.cuda, driver.named
-        self.info, self.api = driver.info(index), driver.api
-        with self._named("cuDevicePrimaryCtxRetain"):
-            self._context = self._cuda.Device(index).retain_primary_context()
-        self._graphs: _Graphs | None = None
-        if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
-            bindings = _Bindings()
-            self._graphs, self.api = _Graphs(bindings), f"{self.api}, {bindings.api} for graphs"
-        self.has_graphs = self._graphs is not None
+    def __init__(self, call: _PyCuda, index: int) -> None:
+        self._call, self._cuda = call, call.cuda
+        self.info, self.api = call.info(index), call.api
+        self._context = call(call(self._cuda.Device, index).retain_primary_context)
+        # Never given back: pycuda would call cuCtxDetach, which is not for primary contexts.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))
+        if _has_bindings():
+            self._bindings = _Bindings()
+            self.api = f"{self.api}, {self._bindings.api} for graphs"
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        self._context.push()
+        self._call(self._context.push)
         try:
             yield
         finally:
-            self._cuda.Context.pop()
+            self._call(self._cuda.Context.pop)
 
-    def _pin(self, nbytes: int, flags: int) -> np.ndarray:
-        with self._named("cuMemHostAlloc"):
-            array: np.ndarray = self._cuda.pagelocked_empty(nbytes, np.uint8, mem_flags=flags)
-        return array
+    def _pin(self, nbytes: int, flags: int) -> tuple[np.ndarray, Any]:
+        array: np.ndarray = self._call(self._cuda.pagelocked_empty, nbytes, np.uint8, "C", flags)
+        return array, array.base
+
+    def _unpin(self, owner: Any) -> None:
+        self._call(owner.free)
 
     def allocate(self, nbytes: int) -> Any:
-        with self._named("cuMemAlloc"):
-            return self._cuda.mem_alloc(nbytes)
+        return _Owned(self, self._call(self._cuda.mem_alloc, nbytes), lambda it: self._call(it.free))
 
     def address(self, buffer: Any) -> int:
-        return int(buffer)
-
-    def free(self, buffer: Any) -> None:
-        buffer.free()
+        return int(buffer.it)
 
     def stream(self) -> Any:
-        with self._named("cuStreamCreate"):
-            return self._cuda.Stream(_NON_BLOCKING)
+        return _Owned(self, self._call(self._cuda.Stream, _NON_BLOCKING))
 
     def handle(self, stream: Any) -> int:
-        return int(stream.handle)
+        return int(stream.it.handle)
 
     def event(self) -> Any:
-        with self._named("cuEventCreate"):
-            return self._cuda.Event(_BLOCKING_SYNC | _DISABLE_TIMING)
+        return _Owned(self, self._call(self._cuda.Event, _BLOCKING_SYNC | _DISABLE_TIMING))
 
     def record(self, event: Any, stream: Any) -> None:
-        with self._named("cuEventRecord"):
-            event.record(stream)
+        self._call(event.it.record, stream.it)
 
     def wait(self, stream: Any, event: Any) -> None:
-        with self._named("cuStreamWaitEvent"):
-            stream.wait_for_event(event)
+        self._call(stream.it.wait_for_event, event.it)
 
     def synchronize(self, event: Any) -> None:
-        with self._named("cuEventSynchronize"):
-            event.synchronize()
+        self._call(event.it.synchronize)
 
     def upload(self, buffer: Any, array: np.ndarray, stream: Any) -> None:
-        with self._named("cuMemcpyHtoDAsync"):
-            self._cuda.memcpy_htod_async(buffer, array, stream)
+        self._call(self._cuda.memcpy_htod_async, buffer.it, array, stream.it)
 
     def download(self, array: np.ndarray, buffer: Any, stream: Any) -> None:
-        with self._named("cuMemcpyDtoHAsync"):
-            self._cuda.memcpy_dtoh_async(array, buffer, stream)
-
-    def capture(self, stream: Any) -> contextlib.AbstractContextManager[list[Any]]:  # type: ignore[override]
-        assert self._graphs, "graphs need cuda-bindings"
-        return self._graphs.capture(self.handle(stream))
-
-    def launch(self, graph: Any, stream: Any) -> None:
-        assert self._graphs, "graphs need cuda-bindings"
-        self._graphs.launch(graph, self.handle(stream))
+        self._call(self._cuda.memcpy_dtoh_async, array, buffer.it, stream.it)
 
     def memory_free(self) -> int:
-        return int(self._cuda.mem_get_info()[0])
+        return int(self._call(self._cuda.mem_get_info)[0])

@@ -17,7 +17,7 @@ from emstream.inference import default_engine
 from emstream.inference.build import Progress, build_plan
 from emstream.inference.cached import timing_cache
 from emstream.inference.flavour import Flavour, installed
-from emstream.inference.plan import Profile, read_record, write_plan
+from emstream.inference.plan import Profile, read_plan, write_plan
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def builder(flavour: str | None = None, device: int = 0) -> tuple[Flavour, GpuIn
     except CudaError as error:
         log.debug("no GPU: %s", error)
         gpus = []
-    if gpus and not 0 <= device < len(gpus):
-        raise ValueError(f"device must lie in 0-{len(gpus) - 1}, got {device}")
+    if not 0 <= device < max(1, len(gpus)):
+        raise ValueError(f"device must be the number of a GPU, of which there are {len(gpus)}, got {device}")
     if flavour is None and not gpus:
         try:
             return installed("tensorrt-rtx"), None  # the one that builds without
@@ -98,7 +98,7 @@ def describe(path: Path, device: str = "auto") -> dict[str, Any]:
 
     if not path.is_file():
         load_engine(path)  # says what there is instead
-    record = read_record(path)
+    record, _ = read_plan(path)
     try:
         engine = load_engine(path, device=device)
         runs_here = engine.device

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emstream.errors import EngineInvalid, EngineNotFound, EngineUnavailable
+from emstream.errors import EngineInvalid, EngineNotFound
 from emstream.inference import IdentityEngine, default_engine, load_engine
 from emstream.inference.card import EngineCard
 from emstream.inference.openvino import OpenVINOEngine

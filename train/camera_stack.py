@@ -28,7 +28,8 @@ from ase import Atoms
 from tqdm import tqdm
 
 from train.imaging import ENERGY_EV, GRID_PX, Optics, exit_wave, image
-from train.structures import CELL_A, PT_LATTICE_A, Specimen, build, columns
+from train.structures import columns
+from train.structures.pt_ceo2 import CELL_A, PLATINUM, Specimen, build
 
 SPECIMEN = Specimen(
     seed=900009, shape="PtNp4", thickness_nm=4.0, radius_a=11.0, tilt_x_deg=1.0, tilt_y_deg=-0.7
@@ -37,12 +38,12 @@ DEFOCI_NM = (4.0, 7.0, 10.0, 13.0)  # columns are dark all along, so blends of n
 ADATOMS = 3
 ADATOM_ATOMS = 5  # atoms in each adatom column, seen end on
 SITES_OF_STATE = ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1), (0, 0, 1))
-BOND_A = PT_LATTICE_A / np.sqrt(2)
+BOND_A = PLATINUM.bond_a
 BELOW_CENTRE_A = 1.0  # a frame is centred this far below the particle's centre, to show more of the support
 
 
 def untilted(positions: np.ndarray, specimen: Specimen) -> np.ndarray:
-    """Shear positions (N, 3) [A] so that the columns stand along z again; see `train.structures.build`."""
+    """Shear positions (N, 3) [A] so that the columns stand along z again; see `train.structures.supported.build`."""
     tilts = np.tan(np.radians([specimen.tilt_x_deg, specimen.tilt_y_deg, 0.0]))
     return positions - positions[:, 2:] * tilts
 

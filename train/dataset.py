@@ -1,4 +1,4 @@
-"""Simulated images on disk -> views for training and testing.
+"""Simulated images on disk -> views for training and testing, and the truth about their columns.
 
 A view is a square of the specimen resampled to the camera's pixels, (N, 1, S, S)
 float32, 1 in vacuum. Noise is not part of a view: `train.noise` draws it afresh
@@ -8,20 +8,48 @@ every time.
 from __future__ import annotations
 
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ase.data import chemical_symbols
 from torch import Tensor
+
+from train import shards
+from train.imaging import in_pixels
+from train.shards import Shard, ShardError
+from train.structures import material, projected_columns
 
 SAMPLING_A = 0.062  # pixel size of the camera's frames [A], as in the paper
 
 
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Atomic columns of one view, as the atomic model has them."""
+
+    positions: np.ndarray
+    """(N, 2) x, y [px], x to the right, y down, (0, 0) the centre of the first pixel."""
+    element: np.ndarray
+    """(N,) chemical symbol of the heaviest atom."""
+    on_particle: np.ndarray
+    """(N,) bool: of the particle, not of its support."""
+    on_surface: np.ndarray
+    """(N,) bool: on the particle's surface, its interface with the support left out."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
 class Images:
-    """All shards of a directory in memory: images (N, 512, 512) float16 and their parameters."""
+    """All shards of a directory in memory: images (N, 512, 512) float16 and their parameters.
+
+    Checksums are compared while loading.
+    """
 
     def __init__(self, directory: Path) -> None:
         paths = sorted(Path(directory).glob("shard-*.h5"))
@@ -29,13 +57,31 @@ class Images:
             raise FileNotFoundError(
                 f"no shard-*.h5 in {directory}; make some with: python -m train.simulate {directory}"
             )
-        images, self.parameters = [], []
-        for path in paths:
-            with h5py.File(path) as file:
-                images.append(file["images"][:])
-                self.parameters += [json.loads(text) for text in file["parameters"].asstr()]
-                self.sampling_a = float(file.attrs["sampling_a"])
-        self.images = torch.from_numpy(np.concatenate(images))
+        shapes = [shards.shape(path) for path in paths]
+        if len({shape[1:] for shape in shapes}) > 1:
+            raise ShardError(f"images in {directory} differ in size: {sorted({s[1:] for s in shapes})} px")
+        ends = np.cumsum([shape[0] for shape in shapes])
+        images = np.empty((ends[-1], *shapes[0][1:]), np.float16)
+
+        def read(path: Path, end: int, shape: tuple[int, int, int]) -> Shard:
+            return shards.read(path, images[end - shape[0] : end])
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(read, paths, ends, shapes))
+        if len(samplings := {shard.sampling_a for shard in found}) > 1:
+            raise ShardError(
+                f"images in {directory} differ in pixel size, {sorted(samplings)} A: one directory per material"
+            )
+        if unchecked := sum(shard.sha256 is None for shard in found):
+            warnings.warn(
+                f"{unchecked} of {len(found)} shards in {directory} are of an earlier version without "
+                "checksums and are taken as they are; to have some, delete them and simulate them again",
+                stacklevel=2,
+            )
+        self.images = torch.from_numpy(images)
+        self.parameters = [json.loads(text) for shard in found for text in shard.parameters]
+        self.sampling_a = found[0].sampling_a
+        self._columns = {seed: columns for shard in found for seed, columns in shard.columns.items()}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,3 +132,32 @@ class Images:
         return self.view(
             index, size_px, torch.full((n,), SAMPLING_A), torch.zeros(n), torch.ones(n), torch.zeros(n, 2)
         )
+
+    def columns(self, index: int, size_px: int) -> Columns:
+        """Columns that show in the central view (size_px, size_px) of an image.
+
+        Shards of an earlier version do not have them; their atomic model is built anew.
+        """
+        parameters = self.parameters[index]
+        if parameters["seed"] not in self._columns:
+            self._columns[parameters["seed"]] = _rebuilt_columns(parameters)
+        found = self._columns[parameters["seed"]]
+        scale = self.sampling_a / SAMPLING_A
+        image_px = self.images.shape[-1]
+        positions = np.stack([found["x"], found["y"]], axis=1).astype(float)
+        positions = (positions - (image_px - 1) / 2) * scale + (size_px - 1) / 2
+        seen = ((positions >= -0.5) & (positions < size_px - 0.5)).all(axis=1)
+        found = found[seen]
+        return Columns(
+            positions=positions[seen],
+            element=np.array(chemical_symbols)[found["element"]],
+            on_particle=found["particle"],
+            on_surface=found["surface"],
+        )
+
+
+def _rebuilt_columns(parameters: dict[str, Any]) -> np.ndarray:
+    substance: Any = material(parameters.get("material", shards.EARLIER_SETTINGS["material"]))
+    names = substance.Specimen.__dataclass_fields__
+    specimen = substance.Specimen(**{name: parameters[name] for name in names if name in parameters})
+    return in_pixels(projected_columns(substance.build(specimen)), substance.CELL_A)

@@ -1,74 +1,483 @@
-"""PSNR and SSIM on specimens the network has not seen: ``python -m train.evaluate ENGINE data/test``.
+"""Score engines on specimens the network has not seen: ``python -m train.evaluate ENGINE data/test``.
 
-Peak 1 electron, as in the paper: estimate and truth are clipped to [0, 1], times 255,
-scored by scikit-image with a data range of 255, per image, then mean and standard
-deviation. At doses other than 0.45 electrons/pixel estimates are first brought to 0.45,
-so that the figures compare.
+PSNR and SSIM with a peak of 1 electron, as in the paper (`train.metrics`). At doses other
+than 0.45 electrons/pixel estimates are first brought to 0.45, so that the figures compare.
+
+    --baselines TUNED.json   score these, too; from `python -m train.baselines data/val`
+    --by KEY ...             PSNR per thickness_nm, tilt, defocus_nm, defect, shape, contrast
+    --surface                precision, recall, F1 and Jaccard of the surface's columns; a second or
+                             two per picture
+    --speed                  time per frame of everything scored, measured in turns in one run
+    --out DIR                tables (Markdown, CSV), every image's figures (images.csv) and plots
+
+Without --out it prints a line of JSON for each dose.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
-from collections.abc import Callable, Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
+from bench import report
 from emstream import load_engine
+from train import baselines, networks, plots, surface
 from train.dataset import Images
+from train.metrics import Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
 
 VIEW_PX = 512
+NOISE_SEED = 11
+SPEED_TURNS = 7
 Denoiser = Callable[[np.ndarray], np.ndarray]
+Row = dict[str, Any]
+"""One estimate: denoiser, dose, image, psnr_db, ssim and, if asked for, the surface's figures."""
 
-
-def psnr_ssim(estimate: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """PSNR [dB] and SSIM of one image (H, W) in electrons, peak 1 electron."""
-    a, b = (255.0 * np.clip(image, 0, 1) for image in (truth, estimate))
-    return peak_signal_noise_ratio(a, b, data_range=255), structural_similarity(a, b, data_range=255)
+NOISY = "noisy"
+CLEAN = "noiseless"
+SURFACE_KEYS = ("precision", "recall", "f1", "jaccard")
+# Numbers fall into the nearest multiple of the step: a group per unit, like the paper's settings.
+STEPS = {"thickness_nm": 1.0, "tilt": 1.0, "defocus_nm": 5.0}
+TITLES = {
+    "thickness_nm": "thickness [nm], rounded to 1",
+    "tilt": "total tilt [degrees], rounded to 1",
+    "defocus_nm": "defocus [nm], rounded to 5",
+    "defect": "surface defect",
+    "shape": "particle shape",
+    "contrast": "contrast of the columns",
+}
 
 
 def evaluate(denoisers: dict[str, Denoiser], views: Iterable[np.ndarray], dose: float) -> dict[str, Any]:
     """Score `denoisers` on noisy `views` (H, W; 1 in vacuum): {name: {psnr_db, psnr_sd, ssim, ssim_sd}}."""
-    generator = torch.Generator().manual_seed(11)
-    scores: dict[str, list[tuple[float, float]]] = {name: [] for name in denoisers}
-    for view in views:
-        truth = torch.from_numpy(view)[None, None]
-        counts = expose(truth, torch.tensor([dose]), generator)[0, 0].numpy()
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    rows = [row for n, view in enumerate(views) for row in score_view(denoisers, view, dose, n, generator)]
+    return {name: summary([row for row in rows if row["denoiser"] == name]) for name in denoisers}
+
+
+def score_view(
+    denoisers: Mapping[str, Denoiser],
+    view: np.ndarray,
+    dose: float,
+    image: int,
+    generator: torch.Generator,
+    true: tuple[surface.Columns, bool] | None = None,
+) -> list[Row]:
+    """Score `denoisers` on one exposure of `view` (H, W; 1 in vacuum), and its surface against `true` columns."""
+    counts = expose(torch.from_numpy(view)[None, None], torch.tensor([dose]), generator)[0, 0].numpy()
+    rows = []
+    for name, denoise in denoisers.items():
+        estimate = denoise(counts) * (PAPER_DOSE / dose)
+        psnr, ssim = psnr_ssim(estimate, PAPER_DOSE * view)
+        rows.append({"denoiser": name, "dose": dose, "image": image, "psnr_db": psnr, "ssim": ssim})
+        if true is not None and name != NOISY:
+            rows[-1] |= _surface(estimate, true)
+    return rows
+
+
+def _surface(estimate: np.ndarray, true: tuple[surface.Columns, bool]) -> Row:
+    columns, bright = true
+    score = surface.score(surface.find(estimate, bright=bright), columns)
+    counts = {"matched": score.matched, "found": score.found, "true": score.true}
+    return {key: getattr(score, key) for key in SURFACE_KEYS} | counts
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means and standard deviations over images."""
+    psnr, ssim = (Spread.of(row[key] for row in rows) for key in ("psnr_db", "ssim"))
+    result = {
+        "psnr_db": round(psnr.mean, 2), "psnr_sd": round(psnr.sd, 2),
+        "ssim": round(ssim.mean, 3), "ssim_sd": round(ssim.sd, 3),
+        "images": psnr.images,
+    }  # fmt: skip
+    return result | surface_summary(rows)
+
+
+def surface_summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means and standard deviations of the surface's figures over the images that show a surface."""
+    rows = [row for row in rows if row.get("true")]
+    if not rows:
+        return {}
+    spreads = {key: Spread.of(row[key] for row in rows) for key in SURFACE_KEYS}
+    means = {key: round(spread.mean, 3) for key, spread in spreads.items()}
+    return means | {f"{key}_sd": round(spread.sd, 3) for key, spread in spreads.items()}
+
+
+def group_of(parameters: Mapping[str, Any], key: str) -> float | str:
+    """Which group of `key` an image with these `parameters` belongs to."""
+    if key == "tilt":
+        value: Any = float(np.hypot(parameters["tilt_x_deg"], parameters["tilt_y_deg"]))
+    elif key in parameters:
+        value = parameters[key]
+    else:
+        raise ValueError(
+            f"the images do not know their {key}, only {', '.join(sorted(parameters))}; "
+            "simulate them again with: python -m train.simulate"
+        )
+    step = STEPS.get(key)
+    return str(value) if step is None else step * round(value / step)
+
+
+def grouped(rows: Sequence[Row], images: Images, key: str) -> dict[float | str, Spread]:
+    """PSNR of `rows` in each group of `key`."""
+    groups: dict[float | str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(group_of(images.parameters[row["image"]], key), []).append(row["psnr_db"])
+    return {group: Spread.of(groups[group]) for group in sorted(groups)}
+
+
+def measure_ms(
+    denoisers: Mapping[str, Denoiser], counts: np.ndarray, turns: int = SPEED_TURNS
+) -> dict[str, float]:
+    """Median time per frame `counts` (H, W) [ms].
+
+    Everything takes turns, so that what else the machine does meets all alike; before each
+    timed frame there is an untimed one, so that threads and caches are awake.
+    """
+    times: dict[str, list[float]] = {name: [] for name in denoisers}
+    for _ in range(turns):
         for name, denoise in denoisers.items():
-            estimate = denoise(counts) * (PAPER_DOSE / dose)
-            scores[name].append(psnr_ssim(estimate, PAPER_DOSE * view))
-    report = {}
-    for name, values in scores.items():
-        psnr, ssim = np.array(values).T
-        report[name] = {
-            "psnr_db": round(float(psnr.mean()), 2), "psnr_sd": round(float(psnr.std()), 2),
-            "ssim": round(float(ssim.mean()), 3), "ssim_sd": round(float(ssim.std()), 3),
-            "images": len(values),
-        }  # fmt: skip
-    return report
+            denoise(counts)
+            start_ns = time.perf_counter_ns()
+            denoise(counts)
+            times[name].append((time.perf_counter_ns() - start_ns) / 1e6)
+    return {name: round(median(values), 2) for name, values in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine", type=Path)
-    parser.add_argument("test", type=Path, help="a directory made by train.simulate, of unseen seeds")
-    parser.add_argument("--doses", type=float, nargs="+", default=[PAPER_DOSE])
-    parser.add_argument("--every", type=int, default=1, help="use every n-th image")
-    arguments = parser.parse_args()
-    engine = load_engine(arguments.engine)
+# -- the command -----------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parse(argv)
     images = Images(arguments.test)
+    try:
+        tuned = baselines.read(arguments.baselines) if arguments.baselines else []
+        for key in arguments.by:
+            group_of(images.parameters[0], key)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:
+        raise SystemExit(f"error: {arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
+    engines = _load_engines(arguments.engines)
+    indices = range(0, len(images), arguments.every)
+
+    rows: list[Row] = []
+    truths = _truths(images, indices) if arguments.surface else {}
     for dose in arguments.doses:
-        indices = range(0, len(images), arguments.every)
-        views = (images.central_views(VIEW_PX, [index])[0, 0].numpy() for index in indices)
-        views = tqdm(views, total=len(indices), unit="image", desc=f"{dose} e/px", mininterval=5)
-        scores = evaluate({"noisy": lambda counts: counts, engine.name: engine.denoise}, views, dose)
-        print(json.dumps({"dose": dose, "engine": engine.identity, **scores}))
+        denoisers = _denoisers(engines, tuned, dose)
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        for index in tqdm(indices, unit="image", desc=f"{dose} e/px", mininterval=5):
+            view = images.central_views(VIEW_PX, [index])[0, 0].numpy()
+            rows += score_view(denoisers, view, dose, index, generator, truths.get(index))
+        if not arguments.out:
+            print(json.dumps(_line(rows, dose, engines)))
+    if not arguments.out:
+        return
+
+    surfaces = [row for row in rows if "f1" in row]
+    for index, true in truths.items():
+        view = PAPER_DOSE * images.central_views(VIEW_PX, [index])[0, 0].numpy()
+        surfaces.append({"denoiser": CLEAN, "dose": None, "image": index, **_surface(view, true)})
+    speeds = {}
+    if arguments.speed:
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        dose = arguments.doses[0]
+        frame = expose(images.central_views(VIEW_PX, [0]), torch.tensor([dose]), generator)[0, 0]
+        denoisers = {name: d for name, d in _denoisers(engines, tuned, dose).items() if name not in (NOISY,)}
+        speeds = measure_ms(denoisers, frame.numpy().astype(np.uint8))
+    results = report.stamp("evaluate", argv) | {
+        "test": str(arguments.test),
+        "images": len(indices),
+        "view_px": VIEW_PX,
+        "engines": {name: engine.identity for name, engine in engines.items()},
+        "baselines": [vars(one) for one in tuned if one.dose in arguments.doses],
+        "scores": [
+            {"denoiser": name, "dose": dose, **summary(_of(rows, name, dose))} for name, dose in _kinds(rows)
+        ],
+        "surface": [
+            {"denoiser": name, "dose": dose, **surface_summary(_of(surfaces, name, dose))}
+            for name, dose in _kinds(surfaces)
+        ],
+        "by": {
+            key: [
+                {"denoiser": name, "dose": dose, "group": group, **vars(spread)}
+                for name, dose in _kinds(rows)
+                for group, spread in grouped(_of(rows, name, dose), images, key).items()
+            ]
+            for key in arguments.by
+        },
+        "ms_per_frame": speeds,
+        "macs_per_pixel": _macs(arguments.engines, engines),
+    }
+    results["command"] = results["command"].replace("-m bench.", "-m train.", 1)
+    write(results, rows + [row for row in surfaces if row["denoiser"] == CLEAN], arguments.out)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "engines", type=Path, nargs="+", metavar="ENGINE", help=".onnx, .pt2, .plan or a best.pt"
+    )
+    parser.add_argument("test", type=Path, help="a directory made by train.simulate, of unseen seeds")
+    parser.add_argument("--doses", type=float, nargs="+", default=[PAPER_DOSE], help="[electrons/pixel]")
+    parser.add_argument("--every", type=int, default=1, help="use every n-th image")
+    parser.add_argument("--baselines", type=Path, metavar="TUNED.json")
+    parser.add_argument("--by", nargs="+", choices=list(TITLES), default=[])
+    parser.add_argument("--surface", action="store_true")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    if (arguments.by or arguments.speed) and not arguments.out:
+        parser.error("--by and --speed need --out DIR")
+    if arguments.every < 1:
+        parser.error(f"--every must be at least 1, got {arguments.every}")
+    if not all(dose > 0 for dose in arguments.doses):
+        parser.error(f"doses must be positive [electrons/pixel], got {arguments.doses}")
+    return arguments
+
+
+class _Checkpoint:
+    """A run's network as an engine: PyTorch, float32, on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        self.trained = networks.load(path)
+        self.name, self.denoise = self.trained.name, self.trained.denoise
+        self.device = f"CPU, f32, PyTorch {torch.__version__.split('+')[0]}"
+        self.identity = {"name": self.name, "checkpoint": str(path), "device": self.device}
+
+
+def _load_engines(paths: Sequence[Path]) -> dict[str, Any]:
+    """Engines by a name of their own: two that run the same network have their file's ending in it."""
+    engines = [_Checkpoint(path) if path.suffix == ".pt" else load_engine(path) for path in paths]
+    names = [engine.name for engine in engines]
+    return {
+        name if names.count(name) == 1 else f"{name}{path.suffix}": engine
+        for name, path, engine in zip(names, paths, engines, strict=True)
+    }
+
+
+def _denoisers(
+    engines: Mapping[str, Any], tuned: Sequence[baselines.Tuned], dose: float
+) -> dict[str, Denoiser]:
+    """The noisy frame itself, the baselines tuned at `dose`, the engines."""
+    return (
+        {NOISY: lambda counts: counts}
+        | {one.baseline: one.denoise for one in tuned if one.dose == dose}
+        | {name: engine.denoise for name, engine in engines.items()}
+    )
+
+
+def _truths(images: Images, indices: Iterable[int]) -> dict[int, tuple[surface.Columns, bool]]:
+    """True columns of every image, and whether they are bright."""
+    truths = {}
+    for index in tqdm(indices, unit="image", desc="true columns", mininterval=5):
+        view = PAPER_DOSE * images.central_views(VIEW_PX, [index])[0, 0].numpy()
+        truths[index] = surface.reference(images, index, view)
+    return truths
+
+
+def _macs(paths: Sequence[Path], engines: Mapping[str, Any]) -> dict[str, int]:
+    """Multiplications per pixel of the engines whose PyTorch network is at hand."""
+    macs = {}
+    for path, name in zip(paths, engines, strict=True):
+        if path.suffix in (".pt", ".pt2") or path.with_suffix(".pt2").exists():
+            macs[name] = networks.load(
+                path if path.suffix != ".plan" else path.with_suffix(".pt2")
+            ).macs_per_pixel
+    return macs
+
+
+def _line(rows: Sequence[Row], dose: float, engines: Mapping[str, Any]) -> dict[str, Any]:
+    identities = [engine.identity for engine in engines.values()]
+    who = {"engine": identities[0]} if len(identities) == 1 else {"engines": identities}
+    kinds = [name for name, d in _kinds(rows) if d == dose]
+    return {"dose": dose, **who, **{name: summary(_of(rows, name, dose)) for name in kinds}}
+
+
+def _kinds(rows: Sequence[Row]) -> list[tuple[str, float]]:
+    """(denoiser, dose) in the order of their first row."""
+    return list(dict.fromkeys((row["denoiser"], row["dose"]) for row in rows))
+
+
+def _of(rows: Sequence[Row], denoiser: str, dose: float) -> list[Row]:
+    return [row for row in rows if (row["denoiser"], row["dose"]) == (denoiser, dose)]
+
+
+# -- what it writes --------------------------------------------------------------------
+
+
+def write(results: dict[str, Any], rows: Sequence[Row], folder: Path) -> None:
+    """Tables, every image's figures and plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    body = markdown(results)
+    report.save("evaluate", "Evaluation", results, body, folder)
+    print(body)
+    write_csv(folder / "images.csv", rows)
+    write_csv(folder / "scores.csv", results["scores"])
+    scores = results["scores"]
+    doses = list(dict.fromkeys(entry["dose"] for entry in scores))
+    names = list(dict.fromkeys(entry["denoiser"] for entry in scores if entry["denoiser"] != NOISY))
+    if results["surface"]:
+        write_csv(folder / "surface.csv", results["surface"])
+    if len(doses) > 1:
+        against = {
+            label(name): {entry["dose"]: _psnr(entry) for entry in scores if entry["denoiser"] == name}
+            for name in names
+        }
+        plots.psnr_against_dose(against, folder / "psnr-against-dose.png")
+    for dose in doses if results["by"] else ():
+        panels: dict[str, dict[str, dict[Any, Spread]]] = {}
+        for key, entries in results["by"].items():
+            write_csv(folder / f"by-{key}.csv", entries)
+            panels[TITLES[key]] = {
+                label(name): {
+                    entry["group"]: Spread(entry["mean"], entry["sd"], entry["images"])
+                    for entry in entries
+                    if (entry["denoiser"], entry["dose"]) == (name, dose)
+                }
+                for name in names
+            }
+        plots.psnr_by(panels, folder / f"psnr-by-{dose:g}.png")
+    if results["ms_per_frame"]:
+        points = [
+            {
+                "name": label(entry["denoiser"]),
+                "psnr_db": entry["psnr_db"],
+                "ms": results["ms_per_frame"][entry["denoiser"]],
+                "macs_per_pixel": results["macs_per_pixel"].get(entry["denoiser"]),
+            }
+            for entry in scores
+            if entry["dose"] == doses[0] and entry["denoiser"] != NOISY
+        ]
+        plots.quality_against_speed(points, results["view_px"], folder / "quality-against-speed.png")
+
+
+def _psnr(entry: Mapping[str, Any]) -> Spread:
+    return Spread(entry["psnr_db"], entry["psnr_sd"], entry["images"])
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row; columns are all keys that any row has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """All tables."""
+    scores = results["scores"]
+    doses = list(dict.fromkeys(entry["dose"] for entry in scores))
+    names = list(dict.fromkeys(entry["denoiser"] for entry in scores))
+    find = {(entry["denoiser"], entry["dose"]): entry for entry in scores}
+    columns = ["", *(f"{dose:g} e/px" for dose in doses)]
+
+    def cells(name: str, key: str, sd: str, digits: int) -> list[str]:
+        return [f"{find[name, d][key]:.{digits}f} +- {find[name, d][sd]:.{digits}f}" for d in doses]
+
+    parts = [
+        f"{results['images']} images of {results['test']}, {results['view_px']} x {results['view_px']} px; "
+        "mean +- standard deviation over images, peak 1 electron, brought to 0.45 electrons per pixel.",
+        "## PSNR [dB]",
+        report.table(columns, [[label(name), *cells(name, "psnr_db", "psnr_sd", 2)] for name in names]),
+        "## SSIM",
+        report.table(columns, [[label(name), *cells(name, "ssim", "ssim_sd", 3)] for name in names]),
+    ]
+    if results["surface"]:
+        rows = [
+            [
+                label(entry["denoiser"]),
+                "-" if entry["dose"] is None else f"{entry['dose']:g}",
+                *(f"{entry[key]:.3f} +- {entry[f'{key}_sd']:.3f}" for key in SURFACE_KEYS),
+            ]
+            for entry in results["surface"]
+            if "f1" in entry
+        ]
+        parts += [
+            "## Columns on the surface",
+            report.table(["", "dose [e/px]", "precision", "recall", "F1", "Jaccard"], rows),
+            f"Found by the same detector in every picture; the row *{CLEAN}* is the best that it can do.",
+        ]
+    for key, entries in results["by"].items():
+        for dose in doses:
+            here = [entry for entry in entries if entry["dose"] == dose]
+            groups = list(dict.fromkeys(entry["group"] for entry in here))
+            groups.sort(key=lambda group: (isinstance(group, str), group))
+            found = {(entry["denoiser"], entry["group"]): entry for entry in here}
+            images = {group: next(e["images"] for e in here if e["group"] == group) for group in groups}
+            rows = [[label(name), *(_cell(found[name, g]) for g in groups)] for name in names]
+            parts += [
+                f"## PSNR [dB] by {TITLES[key]}, at {dose:g} e/px",
+                report.table(["", *(f"{_text(g)} ({images[g]})" for g in groups)], rows),
+            ]
+    if results["by"]:
+        parts.append("In brackets: images.")
+    if results["ms_per_frame"]:
+        rows = [
+            [
+                name,
+                results["ms_per_frame"][name],
+                results["macs_per_pixel"].get(name),
+                find[name, doses[0]]["psnr_db"],
+            ]
+            for name in names
+            if name != NOISY
+        ]
+        parts += [
+            "## Quality and speed",
+            report.table(
+                ["", "median [ms/frame]", "multiplications/pixel", f"PSNR [dB] at {doses[0]:g} e/px"],
+                [[label(name), f"{ms:.1f}", macs, f"{psnr:.2f}"] for name, ms, macs, psnr in rows],
+            ),
+            f"Frames of {results['view_px']} x {results['view_px']} uint8, one at a time, {SPEED_TURNS} turns.",
+        ]
+    if results["baselines"]:
+        rows = [
+            [
+                f"{one['dose']:g}", label(one["baseline"]), baselines.BASELINES[one["baseline"]].library,
+                ", ".join(f"{key} {value}" for key, value in one["parameters"].items()),
+                ", ".join(one["at_edge"]) or "-",
+            ]
+            for one in results["baselines"]
+        ]  # fmt: skip
+        parts += [
+            "## What the baselines were tuned to, on validation images",
+            report.table(
+                ["dose [e/px]", "baseline", "library", "parameters", "at the edge of the grid"], rows
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def label(denoiser: str) -> str:
+    """Its name for people."""
+    known = baselines.BASELINES.get(denoiser)
+    return known.label if known else denoiser
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    spread = Spread(entry["mean"], entry["sd"], entry["images"])
+    return spread.text(2) if spread.images > 1 else f"{spread.mean:.2f}"
+
+
+def _text(group: float | str) -> str:
+    return group if isinstance(group, str) else f"{group:g}"
 
 
 if __name__ == "__main__":

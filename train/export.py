@@ -31,49 +31,38 @@ from emstream import load_engine
 from emstream.inference import Engine, EngineCard
 from train.dataset import SAMPLING_A, Images
 from train.evaluate import VIEW_PX, evaluate
-from train.fit import EMA_DECAY, Recipe
-from train.models.unet import BiasFreeBatchNorm, DoubleConv, UNet
+from train.fit import EMA_DECAY
+from train.models import BiasFreeBatchNorm, Network, parameters
 from train.noise import DOSE_RANGE, PAPER_DOSE
+from train.recipe import RecipeError, load
 
 LARGEST_PX = 8192
+NEAR_PAPER_DOSE = (0.8 * PAPER_DOSE, 1.2 * PAPER_DOSE)  # mean counts of a frame vary with what it shows
 HOT_PIXEL = 1024.0  # times the mean level: beyond it half precision might overflow
 
 
 @torch.no_grad()
 def fold_norms(network: nn.Module) -> None:
-    """Multiply each batch norm's gain into the convolution before it, and drop the norm."""
-    for block in [module for module in network.modules() if isinstance(module, DoubleConv)]:
-        for place, module in enumerate(block):
-            if isinstance(module, BiasFreeBatchNorm):
-                gain = module.weight * torch.rsqrt(module.running_var + module.eps)
-                block[place - 1].weight.mul_(gain[:, None, None, None])
+    """Multiply each batch norm's gain into the convolution before it, add its shift to the bias, and drop the norm."""
+    for block in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        for place, norm in enumerate(block):
+            if isinstance(norm, nn.BatchNorm2d):
+                convolution = block[place - 1]
+                gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                convolution.weight.mul_(gain[:, None, None, None])
+                if not isinstance(norm, BiasFreeBatchNorm):
+                    convolution.bias.sub_(norm.running_mean).mul_(gain).add_(norm.bias)
                 block[place] = nn.Identity()
-
-
-@torch.enable_grad()
-def field_of_view_px(network: UNet) -> int:
-    """Side of the square of input pixels that can move one output pixel, for the widest output pixel."""
-    twin = UNet(2, network.scales, network.unshuffle).double().eval()
-    for parameter in twin.parameters():
-        nn.init.constant_(parameter, 0.1)
-    period = network.multiple_px
-    centre, widest = 16 * period, 0
-    for phase in range(period):
-        x = torch.ones(1, 1, 2 * centre, 2 * centre, dtype=torch.float64, requires_grad=True)
-        twin(x)[0, 0, centre + phase, centre + phase].backward()
-        assert x.grad is not None
-        widest = max(widest, int((x.grad[0, 0] != 0).any(dim=0).sum()))
-    return widest
 
 
 class CountsToIntensity(nn.Module):
     """Raw counts (B, H, W) -> expected counts (B, H, W), any H and W.
 
-    Half precision reaches from 6e-8 to 65504, doses and their sums farther. The network
+    Half precision reaches from 6e-8 to 65504, doses and their sums farther. A bias-free network
     is homogeneous, so each frame is brought near 1 first, by a power of two, which is exact.
     """
 
-    def __init__(self, network: UNet) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         self.dtype = next(network.parameters()).dtype
@@ -84,13 +73,15 @@ class CountsToIntensity(nn.Module):
         x = counts.to(torch.float32)[:, None]
         level = x.abs().mean(dim=(2, 3), keepdim=True).clamp_min(1e-20)
         level = torch.pow(2.0, torch.floor(torch.log2(level)))
+        if not self.network.bias_free:
+            level = torch.ones_like(level)
         x = (x / level).clamp(-HOT_PIXEL, HOT_PIXEL).to(self.dtype)
         x = F.pad(x, (0, (-width) % self.multiple_px, 0, (-height) % self.multiple_px), mode="replicate")
         return self.network(x)[:, 0, :height, :width].to(torch.float32) * level[:, 0]
 
 
 @torch.no_grad()
-def halve(network: UNet) -> UNet:
+def halve(network: Network) -> Network:
     """A copy in half precision, rounded to odd: rounding once more, to bfloat16, then does no further harm.
 
     (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms
@@ -104,7 +95,7 @@ def halve(network: UNet) -> UNet:
     return half
 
 
-def write_onnx(network: UNet, path: Path, card: EngineCard) -> None:
+def write_onnx(network: Network, path: Path, card: EngineCard) -> None:
     """Write `network` (folded, in eval mode) as ONNX with free batch, height and width."""
     network = halve(network)
     axes = {0: "batch", 1: "height", 2: "width"}
@@ -121,7 +112,7 @@ def write_onnx(network: UNet, path: Path, card: EngineCard) -> None:
     onnx.save(model, path)
 
 
-def write_pt2(network: UNet, path: Path, card: EngineCard) -> None:
+def write_pt2(network: Network, path: Path, card: EngineCard) -> None:
     """Write `network` (folded, in eval mode) as a torch.export program for sizes that are multiples of its own.
 
     From two multiples up: torch.export will not believe in a size of one.
@@ -167,12 +158,6 @@ bias-free: {"yes" if card.bias_free else "no"}. Files: `{card.name}.onnx` (OpenV
 """
 
 
-def describe(network: UNet) -> str:
-    """The architecture in words."""
-    half = ", at half resolution" if network.unshuffle == 2 else ""
-    return f"UNet, {network.base} base channels, {network.scales} scales{half}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -184,23 +169,24 @@ def main() -> None:
     if arguments.output.suffix != ".onnx":
         parser.error(f"output must end in .onnx, got {arguments.output}")
 
-    state = torch.load(arguments.checkpoint, weights_only=True)
-    recipe = Recipe(**state["recipe"])
-    network = recipe.build()
-    network.load_state_dict(state["network"])
+    try:
+        recipe, network, state = load(arguments.checkpoint)
+    except RecipeError as error:
+        parser.error(str(error))
+    if recipe.task != "tem":
+        parser.error(f"{arguments.checkpoint} was trained on {recipe.task}; an engine takes electron counts")
     network.eval()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    field_px = field_of_view_px(network)
+    count = parameters(network)
     fold_norms(network)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     card = EngineCard(
         name=arguments.output.stem,
-        architecture=describe(network),
-        parameters=parameters,
-        field_of_view_px=field_px,
+        architecture=network.description,
+        parameters=count,
+        field_of_view_px=network.field_of_view_px,
         multiple_px=network.multiple_px,
-        bias_free=True,
-        dose_range=DOSE_RANGE,
+        bias_free=network.bias_free,
+        dose_range=DOSE_RANGE if recipe.doses == "range" else NEAR_PAPER_DOSE,
         sampling_pm=100 * SAMPLING_A,
         psnr_db=0.0,  # not yet scored
         ssim=0.0,
@@ -208,7 +194,7 @@ def main() -> None:
             f"{arguments.data or recipe.train}; {state['step']} steps of {recipe.batch} crops of "
             f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"
             f"{' on ' + arguments.hardware if arguments.hardware else ''}; AdamW, peak rate "
-            f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}"
+            f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}, loss {recipe.loss}"
         ),
         commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
     )

@@ -1,73 +1,97 @@
 """Train one network from one recipe: ``python -m train.fit RECIPE.toml OUTDIR``.
 
-Read it from top to bottom; there is nothing else to a training run. Run the same
-command again to resume from OUTDIR/checkpoint.pt (written every minute).
+Read it from top to bottom; there is nothing else to a training run. The same command again
+resumes from OUTDIR/checkpoint.pt, which is never a minute old. It uses the GPU if there is one;
+for four: ``torchrun --nproc-per-node 4 -m train.fit RECIPE.toml OUTDIR``, where each draws a
+batch of its own and follows the mean of their gradients.
 
-Inputs are divided by their dose and targets are 1 in vacuum. The networks are
-homogeneous, f(a x) = a f(x), so the trained network takes raw counts all the same.
+Bias-free networks are homogeneous, f(a x) = a f(x). They train on counts divided by the dose,
+with targets of 1 in vacuum, and take raw counts all the same; biased ones train on raw counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
+import os
 import time
-import tomllib
-from dataclasses import asdict, dataclass, fields
+import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from train import photographs
 from train.dataset import Images
-from train.models.unet import BiasFreeBatchNorm, UNet
+from train.log import Log
+from train.losses import LOSSES
+from train.models import BiasFreeBatchNorm, Network
 from train.noise import PAPER_DOSE, draw_doses, expose
+from train.recipe import Recipe, RecipeError, load_state, load_teacher, save
 
-CHECKPOINT_S = 60.0
+CHECKPOINT_S = 45.0
 CALIBRATION_BATCHES = 40
 EMA_DECAY = 0.999
 LOG_EVERY = 100
 VALIDATE_EVERY = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One training run; train/recipes/unet32-cpu.toml says how to choose each value."""
+def choose_device() -> tuple[torch.device, torch.dtype]:
+    """This process's device, and what its convolutions compute in."""
+    if not torch.cuda.is_available():
+        has = torch.cpu.get_capabilities()
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+        return torch.device("cpu"), torch.bfloat16 if fast else torch.float32
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if bfloat16 else torch.float16
 
-    network: str
-    base: int
-    scales: int
-    unshuffle: int
-    train: str
-    validate: str
-    hours: float
-    batch: int
-    crop_px: int
-    learning_rate: float
-    seed: int
 
-    @classmethod
-    def read(cls, path: Path) -> Recipe:
-        values = tomllib.loads(path.read_text())
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        if missing := sorted(known - set(values)):
-            raise ValueError(f"{path}: missing key {', '.join(missing)}")
-        return cls(**values)
+def random(device: torch.device, *key: int) -> torch.Generator:
+    """The random numbers of `key`. Every step has its own: to resume exactly, nothing of them need be saved."""
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
-    def build(self) -> UNet:
-        """The network, untrained."""
-        if self.network != "UNet":
-            raise ValueError(f"network must be UNet, got {self.network!r}")
-        return UNet(self.base, self.scales, self.unshuffle)
 
-    def same_network(self, other: dict[str, object]) -> bool:
-        """Whether weights of the recipe `other` fit this one's network."""
-        return all(other.get(key) == getattr(self, key) for key in ("network", "base", "scales", "unshuffle"))
+def training_images(recipe: Recipe, device: torch.device) -> Any:
+    """Something with ``random_views(count, size_px, generator)``, in the memory of `device`."""
+    if recipe.task == "photographs":
+        return photographs.Photographs(device=device)
+    images = Images(Path(recipe.train))
+    images.images = images.images.to(device)
+    return images
+
+
+def draw_batch(images: Any, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh views with fresh noise: counts (B, 1, S, S), truth (B, 1, S, S; 1 in vacuum), doses (B, 1, 1, 1)."""
+    with generator.device:
+        truth = images.random_views(recipe.batch, recipe.crop_px, generator)
+        if recipe.task == "photographs":
+            low, high = recipe.noise_sigma
+            sigma = low + (high - low) * torch.rand(len(truth), 1, 1, 1, generator=generator)
+            noisy = truth + sigma * torch.randn(truth.shape, generator=generator)
+            return noisy / 255, truth / 255, torch.ones_like(sigma)
+        doses = draw_doses(recipe.batch, generator)
+        if recipe.doses == "paper":
+            doses = torch.full_like(doses, PAPER_DOSE)
+        return expose(truth, doses, generator), truth.clamp_min(0), doses.view(-1, 1, 1, 1)
+
+
+def predict(
+    network: nn.Module, counts: Tensor, doses: Tensor, bias_free: bool, precision: torch.dtype
+) -> Tensor:
+    """What `network` makes of `counts`, in units of the dose: 1 in vacuum."""
+    inputs = counts / doses if bias_free else counts
+    with torch.autocast(counts.device.type, dtype=precision, enabled=precision is not torch.float32):
+        estimate = network(inputs.to(memory_format=torch.channels_last)).float()
+    return estimate if bias_free else estimate / doses
 
 
 def psnr(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -76,163 +100,182 @@ def psnr(estimate: Tensor, truth: Tensor) -> Tensor:
     return -10 * torch.log10(error.square().mean(dim=(1, 2, 3)))
 
 
-@torch.no_grad()
-def validation_psnr(network: nn.Module, views: Tensor) -> float:
-    """Mean PSNR [dB] over `views` (N, 1, H, W) at 0.45 electrons per pixel; the noise is the same each time."""
+def held_out(recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    """Noisy and true images (N, 1, H, W) to validate on: 0.45 electrons per pixel; the noise is the same each time."""
     generator = torch.Generator().manual_seed(7)
+    if recipe.task == "photographs":
+        return photographs.held_out(generator)
+    views = Images(Path(recipe.validate)).central_views(512)[::2].split(4)
+    return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views]
+
+
+@torch.no_grad()
+def validation_psnr(network: Network, pairs: list[tuple[Tensor, Tensor]], precision: torch.dtype) -> float:
+    """Mean PSNR [dB] over `pairs` of noisy and true images."""
+    device = next(network.parameters()).device
     scores = []
-    for view in views.split(4):
-        counts = expose(view, torch.full((len(view),), PAPER_DOSE), generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            estimate = network(counts)
-        scores.append(psnr(estimate.float(), PAPER_DOSE * view))
+    for noisy, truth in pairs:
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
+            estimate = network(noisy.to(device))
+        scores.append(psnr(estimate.float(), truth.to(device)))
     return torch.cat(scores).mean().item()
 
 
 @torch.no_grad()
-def calibrate_norms(network: nn.Module, images: Images, recipe: Recipe, generator: torch.Generator) -> None:
-    """Set every batch norm's statistics from data; training then keeps them fixed.
+def calibrate_norms(network: Network, images: Any, recipe: Recipe, precision: torch.dtype) -> None:
+    """Set the statistics of every bias-free norm from data; training then keeps them fixed.
 
     Batch statistics would tie the scale of the output to whatever doses share a batch,
     and the network could not learn the scale at all. Fixed, each norm is a gain per
     channel, and the network trains exactly as it will run.
     """
+    device = next(network.parameters()).device
     network.train()
-    for _ in range(CALIBRATION_BATCHES):
-        inputs, _, _ = draw_batch(images, recipe, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            network(inputs)
+    for n in range(CALIBRATION_BATCHES):
+        counts, _, doses = draw_batch(images, recipe, random(device, recipe.seed, n))
+        predict(network, counts, doses, True, precision)
 
 
-def draw_batch(images: Images, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Fresh views with fresh noise: inputs and targets (B, 1, S, S) in units of the dose, doses (B,)."""
-    truth = images.random_views(recipe.batch, recipe.crop_px, generator)
-    doses = draw_doses(recipe.batch, generator)
-    inputs = expose(truth, doses, generator) / doses.view(-1, 1, 1, 1)
-    return inputs.to(memory_format=torch.channels_last), truth, doses
+def agree(seconds: float) -> float:
+    """The clock of the first process is everyone's."""
+    if not dist.is_initialized():
+        return seconds
+    clock = torch.tensor([seconds], dtype=torch.float64)
+    dist.broadcast(clock, 0)
+    return clock.item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--hours", type=float, help="instead of the recipe's")
-    parser.add_argument("--no-compile", action="store_true", help="start at once; each step takes longer")
-    arguments = parser.parse_args()
-    recipe = Recipe.read(arguments.recipe)
-    budget_s = 3600 * (arguments.hours or recipe.hours)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint_path = arguments.out / "checkpoint.pt"
+def fit(recipe: Recipe, out: Path) -> Network:
+    """Train; leaves checkpoint.pt, best.pt and log.csv in `out` and returns this process's network."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    first = rank == 0
+    device, precision = choose_device()
+    out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(recipe.seed)
-    network = recipe.build().to(memory_format=torch.channels_last)
-    ema = copy.deepcopy(network).eval()
+    network = recipe.build()
+    state = load_state(out, recipe, network)
+    network.to(device, memory_format=torch.channels_last)
+    teacher = load_teacher(recipe).to(device) if recipe.distill_from else None
+    images = training_images(recipe, device)
+    pairs = held_out(recipe) if first else []
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    step, spent_s, best = 0, 0.0, -math.inf
-    if checkpoint_path.exists():
-        state = torch.load(checkpoint_path, weights_only=True)
-        if not recipe.same_network(state["recipe"]):
-            raise ValueError(
-                f"{checkpoint_path} holds another network than {arguments.recipe} asks for: "
-                f"{state['recipe']}; choose another OUTDIR"
-            )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    step, spent_s, best = state.get("step", 0), state.get("spent_s", 0.0), state.get("best", -math.inf)
+    if step:
         network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        step, spent_s, best = state["step"], state["spent_s"], state["best"]
-
-    images = Images(Path(recipe.train))
-    held_out = Images(Path(recipe.validate)).central_views(512)[::2]
-    if step == 0:
-        calibrate_norms(network, images, recipe, generator)
-        ema.load_state_dict(network.state_dict())
+        scaler.load_state_dict(state.get("scaler", {}))
+    elif network.bias_free:
+        calibrate_norms(network, images, recipe, precision)
+    ema = copy.deepcopy(network).eval()
+    if step:
+        ema.load_state_dict(state["ema"])
     network.train()
     for module in network.modules():
         if isinstance(module, BiasFreeBatchNorm):
             module.eval()
-    compiled = network if arguments.no_compile else torch.compile(network)
 
-    log_path = arguments.out / "log.csv"
-    new_log = not log_path.exists()
-    progress = tqdm(total=round(budget_s), initial=round(spent_s), unit="s")
+    trained: nn.Module = network
+    if processes > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        trained = DistributedDataParallel(network)
+    if recipe.compile:
+        trained = torch.compile(trained)
+
+    def part() -> float:
+        return step / recipe.steps if recipe.steps else spent_s / (3600 * recipe.hours)
+
+    def checkpoint() -> None:
+        save(
+            out / "checkpoint.pt", recipe, network=network.state_dict(), ema=ema.state_dict(),
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, spent_s=spent_s,
+        )  # fmt: skip
+
+    log = Log(out, step) if first else None
+    progress = tqdm(total=100, unit="%", disable=not first, bar_format="{l_bar}{bar}|{elapsed}{postfix}")
     begin, saved, losses = time.monotonic() - spent_s, time.monotonic(), []
-    with log_path.open("a", newline="") as log_file:
-        log = csv.writer(log_file)
-        if new_log:
-            log.writerow(["step", "seconds", "learning_rate", "loss", "validation_psnr_db"])
-        while spent_s < budget_s:
-            part = spent_s / budget_s
-            rate = recipe.learning_rate * min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * part))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    while part() < 1:
+        # Warm up for 300 steps, or 3 % of a shorter run; then half a cosine.
+        warm = min(1, max((step + 1) / 300, part() / 0.03))
+        rate = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * part()))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
-            inputs, truth, doses = draw_batch(images, recipe, generator)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                estimate = compiled(inputs)
-            # At low dose no network can be right: weigh errors by about what is attainable.
-            weight = (doses / PAPER_DOSE).pow(0.7)
-            loss = (weight.view(-1, 1, 1, 1) * (estimate.float() - truth).square()).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        counts, truth, doses = draw_batch(images, recipe, random(device, recipe.seed, step, rank))
+        estimate = predict(trained, counts, doses, network.bias_free, precision)
+        loss = LOSSES[recipe.loss](estimate, truth, doses)
+        if teacher is not None:
             with torch.no_grad():
-                for kept, new in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
-                    if kept.is_floating_point():
-                        kept.lerp_(new, 1 - decay)
-            losses.append(loss.detach())
-            step += 1
-            spent_s = time.monotonic() - begin
-            progress.update(round(spent_s) - progress.n)
+                taught = predict(teacher, counts, doses, teacher.bias_free, precision).clamp_min(0)
+            share = recipe.distill_weight
+            loss = (1 - share) * loss + share * LOSSES[recipe.loss](estimate, taught, doses)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for kept, new in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
+                if kept.is_floating_point():
+                    kept.lerp_(new, 1 - decay)
+        losses.append(loss.detach())
+        step += 1
+        spent_s = agree(time.monotonic() - begin)
 
-            finished = spent_s >= budget_s
-            if step % LOG_EVERY == 0 or finished:
-                score = validation_psnr(ema, held_out) if step % VALIDATE_EVERY == 0 or finished else None
-                mean_loss = torch.stack(losses).mean().item()
-                losses.clear()
-                log.writerow([step, round(spent_s), f"{rate:.3g}", f"{mean_loss:.6f}", score])
-                log_file.flush()
-                progress.set_postfix(step=step, loss=f"{mean_loss:.5f}")
-                if score is not None:
-                    progress.write(f"step {step}: {score:.2f} dB at {PAPER_DOSE} electrons/pixel")
-                    if score > best:
-                        best = score
-                        save(
-                            arguments.out / "best.pt",
-                            {
-                                "recipe": asdict(recipe),
-                                "network": ema.state_dict(),
-                                "step": step,
-                                "spent_s": spent_s,
-                                "validation_psnr_db": score,
-                            },
-                        )
-            if time.monotonic() - saved > CHECKPOINT_S or finished:
-                save(
-                    checkpoint_path,
-                    {
-                        "recipe": asdict(recipe),
-                        "network": network.state_dict(),
-                        "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "best": best,
-                        "generator": generator.get_state(),
-                        "step": step,
-                        "spent_s": spent_s,
-                    },
-                )
-                saved = time.monotonic()
+        if not first:
+            continue
+        finished = part() >= 1
+        progress.update(min(100, 100 * part()) - progress.n)
+        validating = step % VALIDATE_EVERY == 0 or finished
+        if not finished and (validating or time.monotonic() - saved > CHECKPOINT_S):
+            checkpoint()
+            saved = time.monotonic()
+        if step % LOG_EVERY == 0 or finished:
+            score = validation_psnr(ema, pairs, precision) if validating else None
+            mean_loss = torch.stack(losses).mean().item()
+            losses.clear()
+            log.write(step, round(spent_s), f"{rate:.3g}", f"{mean_loss:.6f}", score)
+            progress.set_postfix(step=step, loss=f"{mean_loss:.5f}")
+            if score is not None:
+                progress.write(f"step {step}: {score:.2f} dB")
+                if score > best:
+                    best = score
+                    save(
+                        out / "best.pt", recipe, network=ema.state_dict(), step=step, spent_s=spent_s,
+                        validation_psnr_db=score,
+                    )  # fmt: skip
+        if finished:
+            checkpoint()
     progress.close()
+    if log is not None:
+        log.close()
+    if processes > 1:
+        dist.destroy_process_group()
+    return network
 
 
-def save(path: Path, state: dict[str, object]) -> None:
-    """Write `state` so that `path` is always whole, also when killed."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--hours", type=float, help="instead of the recipe's hours or steps")
+    parser.add_argument("--steps", type=int, help="likewise")
+    parser.add_argument("--no-compile", action="store_true", help="start at once; each step takes longer")
+    arguments = parser.parse_args()
+    try:
+        recipe = Recipe.read(arguments.recipe)
+        if (arguments.hours, arguments.steps) != (None, None):
+            recipe = replace(recipe, hours=arguments.hours, steps=arguments.steps)
+        if arguments.no_compile:
+            recipe = replace(recipe, compile=False)
+        fit(recipe, arguments.out)
+    except (RecipeError, FileNotFoundError, ModuleNotFoundError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

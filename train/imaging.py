@@ -4,6 +4,8 @@ The microscope: 300 kV, image-corrected (Cs -13 um, C5 5 mm), focal spread 4 nm,
 convergence 0.2 mrad. Specimen vibration and the camera's modulation transfer are
 one Gaussian each on the intensity. An image without these envelopes is far too
 sharp and too strong beside a measured one.
+
+Nothing here knows what is imaged: any atoms in a square cell will do.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from typing import Any
 import abtem
 import numpy as np
 from ase import Atoms
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 ENERGY_EV = 300e3
 GRID_PX = 512
+CONTRAST_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,25 @@ def random_optics(rng: np.random.Generator, defocus_nm: float | None = None) -> 
     )
 
 
+def use_device(device: str) -> None:
+    """Compute on the ``cpu`` or on the ``gpu``, from now on in this process."""
+    if device == "gpu":
+        try:
+            import cupy
+
+            count = cupy.cuda.runtime.getDeviceCount()
+        except Exception as error:  # no CuPy, no driver, another CUDA: each with an exception of its own
+            raise RuntimeError(
+                "simulating on the GPU needs an NVIDIA GPU and CuPy (pip install cupy-cuda12x, or cupy-cuda13x "
+                f"for CUDA 13); without them use --device cpu. Here: {type(error).__name__}: {error}"
+            ) from error
+        if not count:
+            raise RuntimeError("simulating on the GPU needs a GPU, and CuPy sees none; use --device cpu")
+    elif device != "cpu":
+        raise ValueError(f"device must be cpu or gpu, got {device!r}")
+    abtem.config.set({"device": device})
+
+
 def exit_wave(atoms: Atoms) -> abtem.Waves:
     """Send a 300 kV plane wave through `atoms`; returns the exit wave (512, 512)."""
     potential = abtem.Potential(
@@ -70,7 +92,33 @@ def image(wave: abtem.Waves, optics: Optics) -> np.ndarray:
         angular_spread=optics.convergence_mrad,
         semiangle_cutoff=40.0,
     )
-    intensity = wave.apply_ctf(ctf).intensity().array
+    intensity = wave.apply_ctf(ctf).intensity().to_cpu().array
     sampling_a = wave.sampling[0]
     intensity = gaussian_filter(intensity, optics.blur_a / sampling_a, mode="wrap")
     return np.ascontiguousarray(intensity.T[::-1], dtype=np.float32)
+
+
+def in_pixels(columns: np.ndarray, cell_a: float) -> np.ndarray:
+    """Bring `train.structures.projected_columns` from A to pixels of `image`: x to the right, y down.
+
+    (0, 0) is the centre of the first pixel.
+    """
+    placed = columns.copy()
+    placed["x"] = columns["x"] * GRID_PX / cell_a
+    placed["y"] = GRID_PX - 1 - columns["y"] * GRID_PX / cell_a
+    return placed
+
+
+def contrast_class(intensity: np.ndarray, columns: np.ndarray) -> str:
+    """How the particle's columns (M,) [px] look in a noiseless image (H, W; 1 in vacuum).
+
+    ``white`` when at least 80 % of them are brighter than vacuum, ``black`` when at least
+    80 % are darker, else ``intermediate``. What counts is the intensity in the column's
+    middle, interpolated between pixels.
+    """
+    own = columns[columns["particle"]]
+    values = map_coordinates(intensity.astype(np.float32), [own["y"], own["x"]], order=1, mode="wrap")
+    brighter = float((values > 1).mean())
+    if brighter >= CONTRAST_SHARE:
+        return "white"
+    return "black" if brighter <= 1 - CONTRAST_SHARE else "intermediate"

@@ -1,8 +1,23 @@
 """Simulate a data set of noiseless images: ``python -m train.simulate DIR --specimens 480``.
 
-Each shard is one HDF5 file of a few specimens, written under a temporary name and
-renamed when whole: a run that is killed loses the shard it was in, seconds of work,
-and the same command goes on with the next missing one.
+Specimens are simulated in parallel by dask, on a cluster of this machine's cores or, with
+``--scheduler``, on yours. Each task is one specimen: abTEM sends the wave through it once,
+which is most of the work, and forms all of its images. Tasks share nothing, so that
+nothing within abTEM needs to be parallel. This process alone writes, one HDF5 file for
+every few specimens (`train.shards`): a run that is killed loses the few specimens under
+way, seconds of work on each core, and the same command goes on from there.
+
+For the paper's scale, 1,000 specimens with 20 images each, 10.5 GB::
+
+    python -m train.simulate data/large --specimens 1000 --images-each 20 --defects all --defocus -20 20
+
+``--defocus`` is in nm, in steps of 1 nm, and positive for underfocus. With the negative Cs
+of this microscope columns are dark at underfocus and mostly bright beyond 10 nm of overfocus;
+all three contrast classes of the paper come with ``--defocus -20 0``.
+
+The workers of a cluster of your own need this project, too: start them in its folder,
+``dask worker tcp://…:8786 --nthreads 1``. On GPUs, one worker for each:
+``dask cuda worker``.
 """
 
 from __future__ import annotations
@@ -10,70 +25,280 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
+from distributed import Client, LocalCluster, as_completed
 from tqdm import tqdm
 
-from train.imaging import GRID_PX, exit_wave, image, random_optics
-from train.structures import CELL_A, build, random_specimen
+from train import shards
+from train.imaging import GRID_PX, contrast_class, exit_wave, image, in_pixels, random_optics, use_device
+from train.shards import Shard, ShardError
+from train.structures import DEFECT_SETS, MATERIALS, check_atoms, material, projected_columns
 
 SPECIMENS_PER_SHARD = 8
+AHEAD = 2  # tasks handed out for each worker: one to do, one to do next
+PREVIEW_SPECIMENS = 12
+WORKERS_TIMEOUT_S = 60
 log = logging.getLogger("train.simulate")
 
 
-def write_shard(path: Path, seeds: list[int], images_each: int) -> None:
-    """Simulate `images_each` images of every seeded specimen into one HDF5 file.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to simulate of each specimen."""
 
-    Datasets: ``images`` (N, 512, 512) float16, 1 in vacuum; ``parameters`` (N,) JSON text.
-    """
+    material: str = "pt_ceo2"
+    defects: str = "paper"
+    defocus_nm: tuple[int, int] = (0, 20)
+    """From, to; in steps of 1 nm, positive for underfocus."""
+    images_each: int = 8
+    """How many of these defoci, drawn anew for each specimen."""
+
+    def __post_init__(self) -> None:
+        material(self.material)
+        if self.defects not in DEFECT_SETS:
+            raise ValueError(f"defects must be one of {', '.join(DEFECT_SETS)}, got {self.defects!r}")
+        low, high = self.defocus_nm
+        if not low <= high:
+            raise ValueError(f"defocus must go from low to high, got {low} to {high} nm")
+        if not 1 <= self.images_each <= high - low + 1:
+            raise ValueError(
+                f"images of each specimen must lie in 1-{high - low + 1}, "
+                f"the defoci of {low} to {high} nm, got {self.images_each}"
+            )
+
+    def settings(self, seeds: list[int]) -> dict[str, Any]:
+        """What a shard of these seeds says of how it was made."""
+        asked = json.loads(json.dumps(asdict(self)))
+        return asked | {
+            "seeds": seeds,
+            "versions": {name: version(name) for name in ("abtem", "ase", "numpy")},
+        }
+
+
+def simulate_specimen(seed: int, plan: Plan, device: str = "cpu") -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Images (N, 512, 512) float16 of one specimen, parameters (N,) JSON text, columns (M,) [px]."""
+    use_device(device)
+    substance = material(plan.material)
+    try:
+        specimen = substance.random_specimen(seed, plan.defects)
+        atoms = substance.build(specimen)
+        check_atoms(atoms)
+    except ValueError as error:
+        raise ValueError(f"specimen {seed} of {plan.material} is impossible: {error}") from error
+    columns = in_pixels(projected_columns(atoms), substance.CELL_A)
+    wave = exit_wave(atoms)
+    rng = np.random.default_rng((seed, 2))
+    low, high = plan.defocus_nm
     images, parameters = [], []
-    for seed in seeds:
-        specimen = random_specimen(seed)
-        wave = exit_wave(build(specimen))
-        rng = np.random.default_rng((seed, 2))
-        for defocus_nm in rng.permutation(np.linspace(0.0, 20.0, 21))[:images_each]:
-            optics = random_optics(rng, float(defocus_nm))
-            images.append(image(wave, optics).astype(np.float16))
-            parameters.append(json.dumps(specimen.as_dict() | optics.as_dict()))
-    partial = path.with_suffix(".partial")
-    with h5py.File(partial, "w") as file:
-        file["images"] = np.stack(images)
-        file["parameters"] = parameters
-        file.attrs["sampling_a"] = CELL_A / GRID_PX
-    partial.rename(path)
+    for defocus_nm in rng.permutation(np.linspace(low, high, high - low + 1))[: plan.images_each]:
+        optics = random_optics(rng, float(defocus_nm))
+        intensity = image(wave, optics)
+        images.append(intensity.astype(np.float16))
+        labels = {"material": plan.material, "contrast": contrast_class(intensity, columns)}
+        parameters.append(json.dumps(labels | specimen.as_dict() | optics.as_dict()))
+    return np.stack(images), parameters, columns
+
+
+def missing(directory: Path, seeds: range, plan: Plan) -> dict[Path, list[int]]:
+    """Shards that `directory` still lacks, with their seeds; an error if it holds what `plan` does not ask for."""
+    todo = {}
+    for start in range(seeds.start, seeds.stop, SPECIMENS_PER_SHARD):
+        path = directory / f"shard-{start:06d}.h5"
+        wanted = list(seeds[start - seeds.start :][:SPECIMENS_PER_SHARD])
+        if path.exists():
+            there = shards.settings(path)
+            for name, value in plan.settings(wanted).items():
+                if name not in ("seeds", "versions") and there[name] != value:
+                    raise ValueError(
+                        f"{path} was made with {name} {there[name]}, and now {name} is to be {value}: "
+                        "choose another directory, or ask for the same again"
+                    )
+            if set(wanted) <= set(there["seeds"]):
+                continue
+        todo[path] = wanted
+    return todo
+
+
+def simulate(
+    client: Client, todo: dict[Path, list[int]], plan: Plan, device: str = "cpu", quiet: bool = False
+) -> None:
+    """Make the shards `todo` with the workers of `client`."""
+    waiting = deque((seed, path) for path, seeds in todo.items() for seed in seeds)
+    shard_of: dict[str, tuple[int, Path]] = {}
+    done: dict[Path, dict[int, Any]] = {path: {} for path in todo}
+    running = as_completed(with_results=True)
+
+    def hand_out() -> None:
+        while waiting and len(shard_of) < AHEAD * max(1, sum(client.nthreads().values())):
+            seed, path = waiting.popleft()
+            task = client.submit(simulate_specimen, seed, plan, device, pure=False)
+            shard_of[task.key] = seed, path
+            running.add(task)
+
+    hand_out()
+    with tqdm(
+        total=len(waiting + deque(shard_of)) * plan.images_each, unit="image", disable=quiet
+    ) as progress:
+        for task, result in running:
+            seed, path = shard_of.pop(task.key)
+            task.release()
+            hand_out()
+            done[path][seed] = result
+            progress.update(plan.images_each)
+            if len(done[path]) == len(todo[path]):
+                write_shard(path, done.pop(path), plan)
+
+
+def write_shard(path: Path, results: dict[int, Any], plan: Plan) -> None:
+    """Write what `simulate_specimen` returned for each seed."""
+    seeds = sorted(results)
+    shard = Shard(
+        images=np.concatenate([results[seed][0] for seed in seeds]),
+        parameters=[text for seed in seeds for text in results[seed][1]],
+        columns={seed: results[seed][2] for seed in seeds},
+        sampling_a=material(plan.material).CELL_A / GRID_PX,
+        settings=plan.settings(seeds),
+    )
+    log.info("wrote %s, sha256 %s", path, shards.write(path, shard))
+
+
+@contextmanager
+def cluster(scheduler: str | None, workers: int) -> Iterator[Client]:
+    """A client of the dask cluster at `scheduler`, or of one on this machine, one thread for each process."""
+    if scheduler is None:
+        with (
+            LocalCluster(
+                n_workers=workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1",
+                memory_limit=None, silence_logs=logging.ERROR,
+            ) as local,
+            Client(local) as client,
+        ):  # fmt: skip
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"no dask scheduler answers at {scheduler}: {error}") from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
+        except TimeoutError as error:
+            raise RuntimeError(
+                f"the dask scheduler at {scheduler} has no workers after {WORKERS_TIMEOUT_S} s; start some in "
+                f"this project's folder: dask worker {scheduler} --nthreads 1"
+            ) from error
+        yield client
+
+
+def preview(sheet: Path, directory: Path, seeds: range, plan: Plan, device: str) -> None:
+    """Draw a contact sheet of `directory`'s images, or of a few fresh ones where there are none."""
+    from train.preview import Tile, choose, draw
+
+    paths = sorted(directory.glob("shard-*.h5"))
+    if paths:
+        tiles = choose(paths)
+    else:
+        few = Plan(**asdict(plan) | {"images_each": 1})
+        tiles = []
+        for seed in tqdm(seeds[:PREVIEW_SPECIMENS], unit="specimen"):
+            images, parameters, columns = simulate_specimen(seed, few, device)
+            tiles.append(Tile(images[0], json.loads(parameters[0]), columns))
+    draw(tiles, sheet)
+    print(sheet)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--material", choices=MATERIALS, default=Plan.material)
     parser.add_argument("--specimens", type=int, default=480)
-    parser.add_argument("--images-each", type=int, default=8, help="images per specimen, 1-21 defoci")
+    parser.add_argument("--images-each", type=int, default=Plan.images_each, help="images per specimen")
     parser.add_argument("--first-seed", type=int, default=0, help="disjoint ranges make disjoint data sets")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--defects", choices=DEFECT_SETS, default=Plan.defects,
+        help="the paper's five classes, or those and adatoms, missing rows, steps and twins",
+    )  # fmt: skip
+    parser.add_argument(
+        "--defocus", type=int, nargs=2, metavar=("FROM", "TO"), default=Plan.defocus_nm,
+        help="range of the defocus [nm], positive for underfocus; by default 0 20",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu takes CuPy")
+    parser.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="of your own dask cluster")
+    parser.add_argument(
+        "--workers", type=int, help="on this machine; by default one for each core, or one GPU"
+    )
+    parser.add_argument(
+        "--preview", type=Path, metavar="SHEET.png",
+        help="draw a contact sheet of what is in the directory, or of a few specimens if nothing is, and stop",
+    )  # fmt: skip
     arguments = parser.parse_args()
-    if not 1 <= arguments.images_each <= 21:
-        parser.error(f"--images-each must lie in 1-21, got {arguments.images_each}")
     if arguments.specimens < 1:
         parser.error(f"--specimens must be at least 1, got {arguments.specimens}")
-    arguments.directory.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(filename=arguments.directory / "simulate.log", level=logging.INFO)
+    if arguments.first_seed < 0:
+        parser.error(f"--first-seed must be at least 0, got {arguments.first_seed}")
+    if arguments.workers is not None and (arguments.workers < 1 or arguments.scheduler):
+        parser.error("--workers must be at least 1, and a cluster at --scheduler brings its own")
+    try:
+        plan = Plan(
+            material=arguments.material,
+            defects=arguments.defects,
+            defocus_nm=tuple(arguments.defocus),
+            images_each=arguments.images_each,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.specimens)
+    try:
+        if arguments.scheduler is None:
+            use_device(arguments.device)
+        if arguments.preview:
+            preview(arguments.preview, arguments.directory, seeds, plan, arguments.device)
+        else:
+            run(arguments, seeds, plan)
+    except (ShardError, RuntimeError, ValueError) as error:
+        sys.exit(f"train.simulate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the shards written so far are whole; the same command goes on")
 
-    first, last = arguments.first_seed, arguments.first_seed + arguments.specimens
-    todo = {}
-    for start in range(first, last, SPECIMENS_PER_SHARD):
-        path = arguments.directory / f"shard-{start:06d}.h5"
-        if not path.exists():
-            todo[path] = list(range(start, min(start + SPECIMENS_PER_SHARD, last)))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
-        jobs = {pool.submit(write_shard, p, seeds, arguments.images_each): p for p, seeds in todo.items()}
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard"):
-            job.result()
-            log.info("wrote %s", jobs[job])
+
+def run(arguments: argparse.Namespace, seeds: range, plan: Plan) -> None:
+    """Simulate what the command line asks for and the directory lacks."""
+    directory: Path = arguments.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=directory / "simulate.log", level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
+    )
+    todo = missing(directory, seeds, plan)
+    specimens = sum(map(len, todo.values()))
+    if specimens < len(seeds):
+        print(f"{directory} has {len(seeds) - specimens} of {len(seeds)} specimens already", file=sys.stderr)
+    if not todo:
+        return
+    size = specimens * plan.images_each * GRID_PX**2 * 2
+    if size > (free := shutil.disk_usage(directory).free):
+        raise RuntimeError(
+            f"the images take {size / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB left"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = arguments.workers or (1 if arguments.device == "gpu" else cores)
+    log.info("%d specimens, %s", specimens, plan)
+    begin = time.monotonic()
+    with cluster(arguments.scheduler, min(workers, specimens)) as client:
+        simulate(client, todo, plan, arguments.device)
+    log.info("done in %.0f s", time.monotonic() - begin)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ def load_engine(
     EngineUnavailable.
     """
     gpus = _gpus(device)
+    for_cpu = precision is not None or threads is not None
+    if for_cpu and gpus:
+        raise ValueError(f"precision and threads are for the CPU, and device is {device!r}")
     if str(path) == "identity":
         return IdentityEngine()
     path = default_engine() if path is None else Path(path)
@@ -52,7 +55,7 @@ def load_engine(
         )
     if path.suffix not in (".onnx", ".pt2", ".plan"):
         raise EngineInvalid(f"{path} is no engine: expected {_SUFFIXES}")
-    if device == "auto" and (precision or threads):
+    if for_cpu:
         device = "cpu"
     if path.suffix == ".plan":
         if device == "cpu":
@@ -60,8 +63,13 @@ def load_engine(
         return _on_gpus(path, gpus or [0])
     if path.suffix == ".pt2":
         return _load_torch(path, gpus, device, threads)
-    if device != "cpu" and (gpus or _worth_trying()):
-        return _on_gpus(path, gpus or [0])
+    if gpus:
+        return _on_gpus(path, gpus)
+    if device == "auto" and _worth_trying():
+        try:
+            return _on_gpus(path, [0])
+        except EngineUnavailable as error:
+            log.warning("there is a GPU, and the CPU is used: %s", error)
     from emstream.inference.openvino import OpenVINOEngine
 
     return TiledEngine(OpenVINOEngine(path, precision=precision, threads=threads))
@@ -121,10 +129,12 @@ def _on_gpus(path: Path, gpus: list[int]) -> Engine:
             else:
                 chosen = flavour.installed(record.flavour)
                 engines.append(load_plan(path, gpu, chosen, kernel_cache(chosen, gpu.info)))
-    except (CudaError, EngineUnavailable) as error:
+    except BaseException as error:
         for engine in engines:
             engine.close()
-        raise EngineUnavailable(f"{path} cannot run on a GPU here: {error}; {_sibling(path)}") from None
+        if isinstance(error, (CudaError, EngineUnavailable)):
+            raise EngineUnavailable(f"{path} cannot run on a GPU here: {error}; {_sibling(path)}") from None
+        raise
     return TiledEngine(engines[0] if len(engines) == 1 else SharedEngine(engines))
 
 

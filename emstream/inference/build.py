@@ -7,6 +7,7 @@ in as bytes and are put together inside.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from emstream.errors import EngineError, EngineInvalid, EngineNotFound, EngineUn
 from emstream.inference.card import EngineCard
 from emstream.inference.engine import sha256_of
 from emstream.inference.flavour import Flavour
+from emstream.inference.keep import keep, kept
 from emstream.inference.plan import Profile, Record
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ def build_plan(
     card = _card(model, path)
     precision = _precision(model)
     compiled = _compile(_with_raw_input(model, profile), profile, flavour, gpu, timing_cache, progress)
-    local = gpu if not flavour.portable else None
+    local = gpu if not flavour.portable or _unlisted(flavour, gpu) else None
     record = Record(
         onnx=str(path),
         onnx_sha256=sha256_of(path),
@@ -71,6 +73,7 @@ def build_plan(
         profile=profile,
         built=datetime.now(UTC).isoformat(timespec="seconds"),
         emstream=emstream.__version__,
+        plan_sha256=hashlib.sha256(compiled).hexdigest(),
         card=card,
     )
     return record, compiled
@@ -164,28 +167,26 @@ def _compile(
         INPUT, *(input_shape(profile, batch) for batch in (1, profile.max_batch, profile.max_batch))
     )
     config.add_optimization_profile(shapes)
-    if flavour.portable and gpu is not None and not hasattr(trt.ComputeCapability, _sm(gpu)):
-        # A GPU that its documents do not list: build for just this one, and see.
+    if _unlisted(flavour, gpu):  # build for just this GPU, and see
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
     if timing_cache is not None:
-        known = timing_cache.read_bytes() if timing_cache.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        config.set_timing_cache(config.create_timing_cache(kept(timing_cache)), False)
     if progress is not None:
         config.progress_monitor = _monitor_class(trt)(progress)
     compiled = builder.build_serialized_network(network, config)
     if compiled is None:
         raise EngineError(f"{flavour.name} {flavour.version} built no plan: {logger.last_error()}")
     if timing_cache is not None:
-        timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = timing_cache.with_suffix(".partial")
-        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-        partial.replace(timing_cache)
+        keep(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(compiled)
 
 
-def _sm(gpu: GpuInfo) -> str:
-    return "SM" + gpu.capability.replace(".", "")
+def _unlisted(flavour: Flavour, gpu: GpuInfo | None) -> bool:
+    """Whether TensorRT for RTX builds for this GPU only when told to, and then for no other."""
+    if gpu is None or not flavour.portable:
+        return False
+    return not hasattr(flavour.module.ComputeCapability, "SM" + gpu.capability.replace(".", ""))
 
 
 def _monitor_class(trt: Any) -> type[Any]:

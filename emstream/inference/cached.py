@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+import emstream
 from emstream.cuda import Gpu, GpuInfo
 from emstream.errors import EngineInvalid
 from emstream.inference.build import build_plan, read_card
 from emstream.inference.engine import Engine, sha256_of
 from emstream.inference.flavour import Flavour
-from emstream.inference.plan import PLAN_TYPES, Profile, read_record, write_plan
+from emstream.inference.plan import PLAN_TYPES, Profile, read_plan, write_plan
 from emstream.inference.tensorrt import load_plan
 from emstream.ring import rows_for
 
@@ -60,13 +61,14 @@ def _per_gpu(what: str, flavour: Flavour, gpu: GpuInfo) -> Path:
 def cached_plan(onnx: Path, sha256: str, profile: Profile, flavour: Flavour, gpu: GpuInfo) -> Path:
     """The cached plan of `onnx`, built now if there is none yet."""
     depends_on: dict[str, Any] = {"onnx": sha256, "flavour": flavour.name, "version": flavour.version}
+    depends_on |= {"emstream": emstream.__version__}
     depends_on |= asdict(profile) | {"gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver}
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     size = f"{profile.height}x{profile.width}-{profile.type}-{profile.max_batch}"
     path = cache_folder() / "plans" / f"{onnx.stem}-{size}-{digest}.plan"
     if path.exists():
         try:
-            read_record(path)
+            read_plan(path)
             return path
         except EngineInvalid as error:
             log.warning("building a cached plan again: %s", error)
@@ -104,7 +106,7 @@ class CachedPlansEngine(Engine):
     """
 
     depth = 3
-    best_batch = _BEST_BATCH
+    best_batch = max_batch = _BEST_BATCH
     largest_px = _LARGEST_PX
 
     def __init__(self, path: Path, gpu: Gpu, device: str, load: Callable[[Profile], Engine]) -> None:
@@ -112,21 +114,19 @@ class CachedPlansEngine(Engine):
         self.card = read_card(path)
         self.name, self.sha256, self.device = self.card.name, sha256_of(path), device
         self._gpu, self._load = gpu, load
-        self._engines: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
+        self._engines: OrderedDict[Profile, Engine] = OrderedDict()  # only the thread that submits uses it
         self._under_way: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for _under_way; never held while a plan is built or loaded
 
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._gpu.pin(nbytes)
 
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
-        with self._lock:
-            engine = self._engine(shape, dtype)
-        engine.prepare(shape, dtype)
+        self._engine(shape, dtype).prepare(shape, dtype)
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
+        engine = self._engine((counts.shape[1], counts.shape[2]), counts.dtype)
         with self._lock:
-            engine = self._engine((counts.shape[1], counts.shape[2]), counts.dtype)
             self._under_way[id(engine)] += 1
         try:
             return _Ticket(engine, engine.submit(counts, expected))
@@ -146,20 +146,26 @@ class CachedPlansEngine(Engine):
         self._engines.clear()
 
     def _engine(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Engine:
-        """The engine for frames of `shape` and `dtype`, lock held."""
+        """The engine for frames of `shape` and `dtype`."""
         kind = dtype.name if dtype.name in PLAN_TYPES else "float32"
-        key = (*shape, kind)
-        if key in self._engines:
-            self._engines.move_to_end(key)
-            return self._engines[key]
-        for old, engine in list(self._engines.items())[: 1 - _KEPT_PLANS]:
-            if not self._under_way[id(engine)]:
-                engine.close()
-                del self._engines[old], self._under_way[id(engine)]
-        rows = rows_for(shape, np.dtype(kind), self.best_batch)
-        engine = self._load(Profile(height=shape[0], width=shape[1], type=kind, max_batch=rows))
-        self._engines[key], self._under_way[id(engine)] = engine, 0
-        return engine
+        rows = rows_for(shape, dtype, self.best_batch)  # as the ring's slots, which hold the camera's type
+        profile = Profile(height=shape[0], width=shape[1], type=kind, max_batch=rows)
+        if profile not in self._engines:
+            self._make_room()
+            engine = self._load(profile)
+            self._engines[profile], self._under_way[id(engine)] = engine, 0
+        self._engines.move_to_end(profile)
+        return self._engines[profile]
+
+    def _make_room(self) -> None:
+        """Close the engines used longest ago, but for those with batches under way."""
+        for profile, engine in list(self._engines.items())[: 1 - _KEPT_PLANS]:
+            with self._lock:
+                if self._under_way[id(engine)]:
+                    continue
+                del self._under_way[id(engine)]
+            del self._engines[profile]
+            engine.close()
 
     def _settle(self, engine: Engine) -> None:
         with self._lock:

@@ -11,9 +11,11 @@ TensorRT sees it, so that a refusal can name both sides and the command that reb
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,7 @@ import numpy as np
 from emstream.cuda import GpuInfo
 from emstream.errors import EngineInvalid, EngineUnavailable
 from emstream.inference.card import EngineCard
+from emstream.inference.keep import write_whole
 
 _MAGIC = b"emstream plan 1\n"
 _LONGEST_RECORD = 1 << 20
@@ -76,14 +79,16 @@ class Record:
     built: str
     """UTC, ISO 8601."""
     emstream: str
+    plan_sha256: str
+    """Of what TensorRT compiled."""
     card: EngineCard
 
-    def rebuild(self, path: Path) -> str:
-        """The command that builds this plan again."""
-        p = self.profile
-        return (
-            f"emstream build {self.onnx} -o {path} --size {p.height}x{p.width} --type {p.type} "
-            f"--max-batch {p.max_batch} --flavour {self.flavour}"
+    def rebuild(self, path: Path, **changes: Any) -> str:
+        """The command that builds this plan again, or with changes to its profile."""
+        p = replace(self.profile, **changes)
+        words = f"--size {p.height}x{p.width} --type {p.type} --max-batch {p.max_batch}".split()
+        return shlex.join(
+            ["emstream", "build", self.onnx, "-o", str(path), *words, "--flavour", self.flavour]
         )
 
     def check(self, path: Path, *, flavour: str, version: str, gpu: GpuInfo) -> None:
@@ -114,12 +119,7 @@ def _number(version: str) -> tuple[int, ...]:
 def write_plan(path: Path, record: Record, compiled: bytes) -> None:
     """Write a plan file; `path` is the old one or the whole new one, also when killed."""
     text = json.dumps(record.as_dict()).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<Q", len(text)) + text)
-        file.write(compiled)
-    partial.replace(path)
+    write_whole(path, _MAGIC, struct.pack("<Q", len(text)), text, compiled)
 
 
 def read_record(path: Path) -> Record:
@@ -129,11 +129,11 @@ def read_record(path: Path) -> Record:
 
 
 def read_plan(path: Path) -> tuple[Record, bytes]:
-    """The record, and what TensorRT compiled."""
+    """The record, and what TensorRT compiled: the very bytes. Raises EngineInvalid."""
     with path.open("rb") as file:
         record, compiled = _read_record(file, path), file.read()
-    if not compiled:
-        raise EngineInvalid(f"{path} ends before the plan; build it again: {record.rebuild(path)}")
+    if hashlib.sha256(compiled).hexdigest() != record.plan_sha256:
+        raise EngineInvalid(f"{path} is a damaged plan; build it again: {record.rebuild(path)}")
     return record, compiled
 
 
@@ -141,7 +141,7 @@ def _read_record(file: IO[bytes], path: Path) -> Record:
     if file.read(len(_MAGIC)) != _MAGIC:
         raise EngineInvalid(
             f"{path} does not say what it was built from, as plans of emstream do; "
-            "build one: emstream build MODEL.onnx -o MODEL.plan"
+            f"build one: emstream build MODEL.onnx -o {shlex.quote(str(path))}"
         )
     try:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -155,4 +155,7 @@ def _read_record(file: IO[bytes], path: Path) -> Record:
             raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
         return Record(**values)
     except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise EngineInvalid(f"{path} is a damaged plan ({error}); build it again") from None
+        raise EngineInvalid(
+            f"{path} is a damaged plan ({error}); "
+            f"build it again: emstream build MODEL.onnx -o {shlex.quote(str(path))}"
+        ) from None

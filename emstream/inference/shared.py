@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from emstream.inference.engine import Engine
+
+log = logging.getLogger(__name__)
+_REST = 100  # batches
 
 
 @dataclass
@@ -21,7 +25,9 @@ class _Ticket:
 class SharedEngine(Engine):
     """Gives each batch to the engine with the least to do.
 
-    Tickets are collected in the order of their submission, so frames keep theirs.
+    Tickets are collected in the order of their submission, so frames keep theirs. An engine
+    that failed rests for the next batches: a broken one, always the first to be idle, would
+    otherwise get nearly all of them.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -32,6 +38,7 @@ class SharedEngine(Engine):
         first = engines[0]
         self._engines = list(engines)
         self._under_way = [0] * len(engines)
+        self._resting = [0] * len(engines)  # batches yet to be given to others
         self._lock = threading.Lock()
         self.name, self.sha256, self.card = first.name, first.sha256, first.card
         self.device = " + ".join(engine.device for engine in engines)
@@ -45,23 +52,28 @@ class SharedEngine(Engine):
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
         with self._lock:
-            load = [n / engine.depth for n, engine in zip(self._under_way, self._engines, strict=True)]
-            place = load.index(min(load))
+            place = self._choose()
             self._under_way[place] += 1
+            self._resting = [max(0, n - 1) for n in self._resting]
         try:
             return _Ticket(place, self._engines[place].submit(counts, expected))
         except BaseException:
-            self._settle(place)
+            self._settle(place, failed=True)
             raise
 
     def collect(self, ticket: _Ticket) -> np.ndarray:
         try:
-            return self._engines[ticket.place].collect(ticket.ticket)
-        finally:
-            self._settle(ticket.place)
+            done = self._engines[ticket.place].collect(ticket.ticket)
+        except BaseException:
+            self._settle(ticket.place, failed=True)
+            raise
+        self._settle(ticket.place)
+        return done
 
     def depth_for(self, shape: tuple[int, int]) -> int:
-        return sum(engine.depth_for(shape) for engine in self._engines)
+        with self._lock:
+            awake = [engine for engine, rest in zip(self._engines, self._resting, strict=True) if not rest]
+        return sum(engine.depth_for(shape) for engine in awake or self._engines)
 
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         for engine in self._engines:
@@ -71,6 +83,19 @@ class SharedEngine(Engine):
         for engine in self._engines:
             engine.close()
 
-    def _settle(self, place: int) -> None:
+    def _choose(self) -> int:
+        """The engine with the least to do of those that are not resting, lock held."""
+        load = [n / engine.depth for n, engine in zip(self._under_way, self._engines, strict=True)]
+        awake = [place for place, rest in enumerate(self._resting) if not rest and load[place] < 1]
+        return min(awake or range(len(load)), key=load.__getitem__)
+
+    def _settle(self, place: int, failed: bool = False) -> None:
         with self._lock:
             self._under_way[place] -= 1
+            if failed and len(self._engines) > 1:
+                self._resting[place] = _REST
+                log.warning(
+                    "%s failed: the others get its share of the next %d batches",
+                    self._engines[place].device,
+                    _REST,
+                )

@@ -17,8 +17,11 @@ page-locked memory.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +32,7 @@ from emstream.errors import CudaError, EngineError, EngineInvalid
 from emstream.inference.build import INPUT, OUTPUT, input_shape
 from emstream.inference.engine import Engine
 from emstream.inference.flavour import Flavour
+from emstream.inference.keep import keep, kept
 from emstream.inference.plan import PLAN_TYPES, Profile, Record, read_plan
 
 log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ class Program(Protocol):
         """Set up for `batch` frames at the device addresses `counts`, `expected` and `working`."""
 
     def close(self) -> None:
-        """Keep what is worth keeping for the next start."""
+        """Keep what is worth keeping for the next start, and free the rest; its contexts are gone."""
 
 
 class TensorRTProgram:
@@ -78,7 +82,7 @@ class TensorRTProgram:
             )
         self.working_bytes = int(self._engine.device_memory_size_v2)
         by_user = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._create: Any = lambda: self._engine.create_execution_context(by_user)
+        self._how: Any = by_user
         self._cache, self._cache_path = None, kernel_cache
         if flavour.portable:
             config = self._engine.create_runtime_config()
@@ -89,13 +93,13 @@ class TensorRTProgram:
             )
             if kernel_cache is not None:
                 self._cache = config.create_runtime_cache()
-                if kernel_cache.exists():
-                    self._cache.deserialize(kernel_cache.read_bytes())
+                if known := kept(kernel_cache):
+                    self._cache.deserialize(known)
                 config.set_runtime_cache(self._cache)
-            self._create = lambda: self._engine.create_execution_context(config)
+            self._how = config
 
     def context(self, batch: int, counts: int, expected: int, working: int) -> Context:
-        context = self._create()
+        context = self._engine.create_execution_context(self._how)
         if context is None:
             raise EngineError(f"TensorRT made no execution context: {self._logger.last_error()}")
         context.set_device_memory(working, self.working_bytes)
@@ -110,12 +114,9 @@ class TensorRTProgram:
         return _TensorRTContext(context, self._logger)
 
     def close(self) -> None:
-        if self._cache is None or self._cache_path is None:
-            return
-        self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._cache_path.with_suffix(".partial")
-        partial.write_bytes(bytes(self._cache.serialize()))
-        partial.replace(self._cache_path)
+        if self._cache is not None and self._cache_path is not None:
+            keep(self._cache_path, bytes(self._cache.serialize()))
+        self._how = self._cache = self._engine = self._runtime = None
 
 
 class _TensorRTContext:
@@ -132,8 +133,9 @@ class _Run:
     """How one lane runs one batch size: plainly at first, from a graph once that is captured."""
 
     context: Context
+    settled: bool = False
+    """Whether it ran once, which is when TensorRT allocates what a graph cannot."""
     graph: Any = None
-    runs: int = 0
 
 
 @dataclass
@@ -153,6 +155,8 @@ class _Lane:
 @dataclass
 class _Ticket:
     lane: _Lane
+    source: np.ndarray
+    """Kept, for the GPU may yet have to read it."""
     expected: np.ndarray
     staged: np.ndarray | None
     """Where the result comes in when it cannot come into `expected` itself, (B, H, W) of the plan."""
@@ -176,10 +180,17 @@ class TensorRTEngine(Engine):
         self.device = f"{gpu.info.name}, {record.precision}, {record.flavour} {record.version}, {gpu.api}"
         self._graphs = graphs and gpu.has_graphs
         self._lock = threading.Lock()
-        with gpu.current():
-            self._working = gpu.allocate(max(1, program.working_bytes))
-            self._compute = gpu.stream()
-            self._lanes = [self._new_lane() for _ in range(_LANES)]
+        self._buffers: list[Any] = []  # all device memory
+        self._lanes: list[_Lane] = []
+        self._closed = False
+        try:
+            with gpu.current():
+                self._working = self._allocate(max(1, program.working_bytes))
+                self._compute: Any = gpu.stream()
+                self._lanes.extend(self._new_lane() for _ in range(_LANES))
+        except BaseException:
+            self.close()
+            raise
         self._idle = list(self._lanes)
 
     def allocate(self, nbytes: int) -> np.ndarray:
@@ -188,6 +199,8 @@ class TensorRTEngine(Engine):
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
         self._check(counts)
         with self._lock:
+            if not self._idle:
+                raise EngineError(f"{self.depth} batches are in flight already: collect one first")
             lane = self._idle.pop()
         try:
             source = counts if self._direct(counts, self._profile.dtype) else self._stage(lane, counts)
@@ -199,7 +212,7 @@ class TensorRTEngine(Engine):
         except BaseException:
             self._retire(lane)
             raise
-        return _Ticket(lane, expected, None if target is expected else target)
+        return _Ticket(lane, source, expected, None if target is expected else target)
 
     def collect(self, ticket: _Ticket) -> np.ndarray:
         lane, expected = ticket.lane, ticket.expected
@@ -217,23 +230,29 @@ class TensorRTEngine(Engine):
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         """Run every lane at a batch of 1 and at the largest until both come from a graph."""
         self._check_type(dtype)
-        p = self._profile
-        for batch in {1, p.max_batch}:
-            counts = np.zeros((batch, *p.shape), p.dtype)
+        rows = (self._profile.max_batch, *shape)
+        counts, expected = self._pin(rows, dtype), self._pin(rows, _FLOAT32)  # as the ring's are
+        for batch in (1, self._profile.max_batch):
             for _ in range(3):
-                tickets = [self.submit(counts, np.empty(counts.shape, np.float32)) for _ in self._lanes]
+                tickets = [self.submit(counts[:batch], expected[:batch]) for _ in self._lanes]
                 for ticket in tickets:
                     self.collect(ticket)
 
     def close(self) -> None:
-        """Free the device memory; nothing may be under way."""
-        if not self._lanes:
+        """Free what it holds on the device; nothing may be under way. A broken GPU is only logged."""
+        if self._closed:
             return
-        self._program.close()
+        self._closed = True
         with self._gpu.current():
-            for buffer in [self._working, *(b for lane in self._lanes for b in (lane.counts, lane.expected))]:
-                self._gpu.free(buffer)
-        self._lanes, self._idle = [], []
+            for lane in self._lanes:
+                lane.runs.clear()
+            steps: list[Callable[[], None]] = [self._program.close]
+            for close in steps + [partial(self._gpu.free, buffer) for buffer in self._buffers]:
+                try:
+                    close()
+                except EngineError as error:
+                    log.warning("closing %s: %s", self._path, error)
+            self._buffers, self._lanes, self._idle, self._compute = [], [], [], None
 
     # -- one batch ----------------------------------------------------------------
 
@@ -254,8 +273,7 @@ class TensorRTEngine(Engine):
         if run is None:
             addresses = (gpu.address(buffer) for buffer in (lane.counts, lane.expected, self._working))
             run = lane.runs[batch] = _Run(self._program.context(batch, *addresses))
-        run.runs += 1
-        if run.graph is None and self._graphs and run.runs > 1:  # the first run settles the context
+        if run.graph is None and self._graphs and run.settled:
             try:
                 with gpu.capture(self._compute) as kept:
                     run.context.execute(gpu.handle(self._compute))
@@ -267,6 +285,7 @@ class TensorRTEngine(Engine):
             gpu.launch(run.graph, self._compute)
         else:
             run.context.execute(gpu.handle(self._compute))
+            run.settled = True
 
     # -- memory -------------------------------------------------------------------
 
@@ -274,46 +293,54 @@ class TensorRTEngine(Engine):
         p = self._profile
         if p.type != "float32" and not np.can_cast(dtype, p.dtype, "safe"):
             wanted = dtype.name if dtype.name in PLAN_TYPES else "float32"
-            rebuild = self.record.rebuild(self._path).replace(f"--type {p.type}", f"--type {wanted}")
             raise EngineError(
-                f"{self._path} is for {p.type} pixels, and the frames are {dtype}; build one for them: {rebuild}"
+                f"{self._path} is for {p.type} pixels, and the frames are {dtype}; "
+                f"build one for them: {self.record.rebuild(self._path, type=wanted)}"
             )
 
     def _check(self, counts: np.ndarray) -> None:
         p = self._profile
         self._check_type(counts.dtype)
-        if len(counts) > p.max_batch:
-            raise ValueError(f"{self._path} takes batches of up to {p.max_batch} frames, got {len(counts)}")
-        if counts.shape[1] > p.height or counts.shape[2] > p.width:
-            raise ValueError(f"{self._path} is for {p}, got frames of {counts.shape[1]}x{counts.shape[2]}")
+        batch, height, width = counts.shape
+        larger: dict[str, int] = {}
+        if batch > p.max_batch:
+            larger["max_batch"] = batch
+        if height > p.height or width > p.width:
+            larger |= {"height": height, "width": width}
+        if larger:
+            raise ValueError(
+                f"{self._path} is for {p}, got {batch} of {height}x{width}; "
+                f"build one for them: {self.record.rebuild(self._path, **larger)}"
+            )
 
     def _direct(self, array: np.ndarray, dtype: np.dtype[Any]) -> bool:
         """Whether the GPU can copy `array` (B, H, W) as it is."""
         return array.shape[1:] == self._profile.shape and array.dtype == dtype and is_pinned(array)
 
     def _stage(self, lane: _Lane, counts: np.ndarray) -> np.ndarray:
-        """Copy `counts` to page-locked memory of the plan's type and size, the last pixels repeated."""
+        """Copy `counts` to page-locked memory of the plan's type and size, mirrored beyond their own."""
         p = self._profile
         if lane.staged_counts is None:
-            lane.staged_counts = self._pin(p.max_batch, p.dtype)
+            lane.staged_counts = self._pin((p.max_batch, *p.shape), p.dtype)
         staged = lane.staged_counts[: len(counts)]
         height, width = counts.shape[1:]
         np.copyto(staged[:, :height, :width], counts, casting="unsafe")
-        if width < p.width:
-            staged[:, :height, width:] = staged[:, :height, width - 1 : width]
-        if height < p.height:
-            staged[:, height:] = staged[:, height - 1 : height]
+        _mirror(staged[:, :height], width)
+        _mirror(staged.transpose(0, 2, 1), height)
         return staged
 
     def _staged_expected(self, lane: _Lane, batch: int) -> np.ndarray:
         if lane.staged_expected is None:
-            lane.staged_expected = self._pin(self._profile.max_batch, _FLOAT32)
+            p = self._profile
+            lane.staged_expected = self._pin((p.max_batch, *p.shape), _FLOAT32)
         return lane.staged_expected[:batch]
 
-    def _pin(self, rows: int, dtype: np.dtype[Any]) -> np.ndarray:
-        height, width = self._profile.shape
-        memory = self._gpu.pin(rows * height * width * dtype.itemsize)
-        return memory.view(dtype).reshape(rows, height, width)
+    def _pin(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        return self._gpu.pin(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+    def _allocate(self, nbytes: int) -> Any:
+        self._buffers.append(self._gpu.allocate(nbytes))
+        return self._buffers[-1]
 
     def _new_lane(self) -> _Lane:
         p, gpu = self._profile, self._gpu
@@ -323,14 +350,16 @@ class TensorRTEngine(Engine):
             uploaded=gpu.event(),
             computed=gpu.event(),
             downloaded=gpu.event(),
-            counts=gpu.allocate(pixels * p.dtype.itemsize),
-            expected=gpu.allocate(pixels * 4),
+            counts=self._allocate(pixels * p.dtype.itemsize),
+            expected=self._allocate(pixels * 4),
         )
 
     def _retire(self, lane: _Lane) -> None:
-        """After a failed submit: wait for what was put on the lane, then it is idle again."""
+        """After a failed submit: wait for what uses the lane, on either stream, then it is idle again."""
         try:
             with self._gpu.current():
+                self._gpu.record(lane.computed, self._compute)
+                self._gpu.wait(lane.stream, lane.computed)
                 self._gpu.record(lane.downloaded, lane.stream)
                 self._gpu.synchronize(lane.downloaded)
         except CudaError as error:
@@ -339,10 +368,21 @@ class TensorRTEngine(Engine):
             self._idle.append(lane)
 
 
+def _mirror(frames: np.ndarray, known: int) -> None:
+    """Fill `frames` (B, ., n) from `known` on along the last axis. Repeated pixels would be streaks, not noise."""
+    while known < frames.shape[2]:
+        more = min(known, frames.shape[2] - known)
+        frames[:, :, known : known + more] = frames[:, :, known - more : known][:, :, ::-1]
+        known += more
+
+
 def load_plan(path: Path, gpu: Gpu, flavour: Flavour, kernel_cache: Path | None = None) -> TensorRTEngine:
     """Check what the plan was built for, then load it."""
     record, compiled = read_plan(path)
     record.check(path, flavour=flavour.name, version=flavour.version, gpu=gpu.info)
-    with gpu.current():
-        program = TensorRTProgram(flavour, record.profile, compiled, path, kernel_cache)
+    try:
+        with gpu.current():
+            program = TensorRTProgram(flavour, record.profile, compiled, path, kernel_cache)
+    except EngineInvalid as error:
+        raise EngineInvalid(f"{error}; build it again: {record.rebuild(path)}") from None
     return TensorRTEngine(path, record, gpu, program)

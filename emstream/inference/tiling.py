@@ -104,7 +104,8 @@ class TiledEngine(Engine):
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
         if self._whole(counts.shape[1:]):
             return self._engine.submit(counts, expected)
-        if min(self._tile) < self._smallest_px:
+        cut = [tile for length, tile in zip(counts.shape[1:], self._tile, strict=True) if length > tile]
+        if min(cut) < self._smallest_px:
             raise EngineError(
                 f"frames of {counts.shape[1]}x{counts.shape[2]} are larger than the engine's "
                 f"{self._tile[0]}x{self._tile[1]}, which is too small for tiles: {self._too_small()}"

@@ -13,12 +13,26 @@ import numpy as np
 import pytest
 
 from emstream.inference import Engine, IdentityEngine, load_engine
+from emstream.inference.cached import CachedPlansEngine
 from emstream.inference.openvino import OpenVINOEngine
+from emstream.inference.plan import Profile
+from emstream.inference.shared import SharedEngine
+from emstream.inference.tensorrt import TensorRTEngine
 from emstream.inference.tiling import TiledEngine
+from tests.doubles.gpu import PretendGpu, PretendProgram
+from tests.doubles.tensorrt import record_of
 
 # Tiles see other borders than the whole frame, and the upsampling of the UNet (align_corners) depends a
 # little on the size of what it is given; that one test in test_inference.py bounds what it does to the error.
-TOLERANCE = {"identity": 0.0, "openvino-f32": 1e-4, "openvino-bf16": 2e-2, "tiled": 0.15, "torch": 1e-4}
+TOLERANCE = {
+    "identity": 0.0,
+    "openvino-f32": 1e-4,
+    "openvino-bf16": 2e-2,
+    "tiled": 0.15,
+    "torch": 1e-4,
+    "tensorrt": 1e-4,
+    "tensorrt, two GPUs": 1e-4,
+}
 
 
 def tiled(path: Path) -> Engine:
@@ -30,12 +44,34 @@ def torch(path: Path) -> Engine:
     return load_engine(path.with_suffix(".pt2"))
 
 
+def cached_plans(path: Path, gpu: PretendGpu, network: Engine) -> Engine:
+    """What runs an .onnx on a GPU, but for the GPU and TensorRT."""
+    pytest.importorskip("onnx", reason="building plans needs onnx: pip install 'emstream[rtx]'")
+
+    def load(profile: Profile) -> Engine:
+        program = PretendProgram(gpu, profile, network.denoise)
+        return TensorRTEngine(path, record_of(profile), gpu, program)
+
+    return CachedPlansEngine(path, gpu, gpu.info.name, load)
+
+
+def tensorrt(path: Path) -> Engine:
+    return TiledEngine(cached_plans(path, PretendGpu(), OpenVINOEngine(path, precision="f32")))
+
+
+def two_gpus(path: Path) -> Engine:
+    network = OpenVINOEngine(path, precision="f32")
+    return TiledEngine(SharedEngine([cached_plans(path, PretendGpu(n), network) for n in (0, 1)]))
+
+
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "identity": lambda path: IdentityEngine(),
     "openvino-f32": lambda path: load_engine(path, precision="f32"),
     "openvino-bf16": lambda path: load_engine(path, precision="bf16"),
     "tiled": tiled,
     "torch": torch,
+    "tensorrt": tensorrt,
+    "tensorrt, two GPUs": two_gpus,
 }
 
 

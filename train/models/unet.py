@@ -1,8 +1,4 @@
-"""The bias-free UNet of Mohan et al. (arXiv 2010.12970), for any number of base channels.
-
-Shapes: counts (B, 1, H, W) in, expected counts (B, 1, H, W) out; H and W multiples of
-`multiple_px` inside `UNet`, anything through `train.export.CountsToIntensity`.
-"""
+"""The UNet of Mohan et al. (arXiv 2010.12970), of any width and any number of scales."""
 
 from __future__ import annotations
 
@@ -12,32 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class BiasFreeBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that only divides: x * gamma / sd(x), nothing is subtracted or added.
-
-    As in the published code the class keeps the shift of its parent, never used and
-    zero, so that parameters count as in the paper's table.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            # Every fourth pixel of the large maps is plenty for one standard deviation.
-            sample = x.detach() if x.shape[-1] < 128 else x[:, :, ::2, ::2]
-            variance = sample.float().var(dim=(0, 2, 3), unbiased=False)
-            with torch.no_grad():
-                self.running_var.lerp_(variance, self.momentum)
-        else:
-            variance = self.running_var
-        gain = self.weight * torch.rsqrt(variance + self.eps)
-        return x * gain.to(x.dtype).view(1, -1, 1, 1)
+from train.models.network import Network, at_least, norm
 
 
 class ReplicateConv(nn.Conv2d):
-    """A 3x3 convolution without bias on a replication-padded map."""
+    """A 3x3 convolution on a replication-padded map."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 3, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, 3, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -46,17 +24,17 @@ class ReplicateConv(nn.Conv2d):
             x = torch.cat([x[:, :, :, :1], x, x[:, :, :, -1:]], dim=3)
         else:
             x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        return F.conv2d(x, self.weight)
+        return F.conv2d(x, self.weight, self.bias)
 
 
 class DoubleConv(nn.Sequential):
-    """Twice: replication pad, 3x3 convolution, bias-free batch norm, ReLU."""
+    """Twice: replication pad, 3x3 convolution, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, between: int, outputs: int) -> None:
+    def __init__(self, inputs: int, between: int, outputs: int, bias: bool) -> None:
         layers: list[nn.Module] = []
         for a, b in ((inputs, between), (between, outputs)):
-            layers.append(ReplicateConv(a, b))
-            layers.append(BiasFreeBatchNorm(b))
+            layers.append(ReplicateConv(a, b, bias))
+            layers.append(norm(b, bias))
             layers.append(nn.ReLU())
         super().__init__(*layers)
 
@@ -67,30 +45,37 @@ def encoder_channels(base: int, scales: int) -> list[int]:
     return [*growing, growing[-1]] if scales > 2 else [base] * 3
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """UNet of `scales` times halved maps, `base` channels at the finest.
 
-    Bias-free, so f(a x) = a f(x) for a > 0 and one network serves every dose
+    Without `bias`, f(a x) = a f(x) for a > 0 and one network serves every dose
     (Mohan et al., "Robust and interpretable blind image denoising", ICLR 2020).
 
     With `unshuffle` 2 the input's 2x2 pixels become four channels of half the size and
     the output's back again: the costly full-resolution convolutions are gone.
     """
 
-    def __init__(self, base: int = 32, scales: int = 4, unshuffle: int = 1) -> None:
+    def __init__(self, base: int = 32, scales: int = 4, unshuffle: int = 1, bias: bool = False) -> None:
         super().__init__()
-        self.base, self.scales, self.unshuffle = base, scales, unshuffle
+        at_least(1, base=base, unshuffle=unshuffle)
+        at_least(2, scales=scales)
+        self.base, self.scales, self.unshuffle, self.bias_free = base, scales, unshuffle, not bias
         self.multiple_px = unshuffle * 2**scales
+        resolution = {1: "", 2: ", at half resolution"}.get(unshuffle, f", at 1/{unshuffle} resolution")
+        self.description = f"UNet, {base} base channels, {scales} scales{resolution}"
         c = encoder_channels(base, scales)
-        self.stem = DoubleConv(unshuffle**2, c[0], c[0])
-        self.down = nn.ModuleList([DoubleConv(a, b, b) for a, b in pairwise(c)])
+        self.stem = DoubleConv(unshuffle**2, c[0], c[0], bias)
+        self.down = nn.ModuleList([DoubleConv(a, b, b, bias) for a, b in pairwise(c)])
         self.up = nn.ModuleList(
             [
-                DoubleConv(2 * skip, skip, after)
+                DoubleConv(2 * skip, skip, after, bias)
                 for skip, after in zip(c[-2::-1], [*c[-3::-1], base], strict=True)
             ]
         )
-        self.head = nn.Conv2d(base, unshuffle**2, 1, bias=False)
+        self.head = nn.Conv2d(base, unshuffle**2, 1, bias=bias)
+
+    def narrow(self) -> UNet:
+        return UNet(2, self.scales, self.unshuffle, not self.bias_free)
 
     def forward(self, counts: Tensor) -> Tensor:
         x = F.pixel_unshuffle(counts, self.unshuffle) if self.unshuffle > 1 else counts

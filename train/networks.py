@@ -1,0 +1,99 @@
+"""Trained networks, wherever they are: a run's best.pt, or a shipped engine's .pt2.
+
+Shapes: counts (B, 1, H, W) in, expected counts (B, 1, H, W) out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from emstream.inference import EngineCard
+from train import recipe
+from train.models import macs_per_pixel, parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A network and what is known of its training."""
+
+    name: str
+    path: Path
+    network: nn.Module
+    multiple_px: int
+    parameters: int
+    bias_free: bool
+    macs_per_pixel: int
+    field_of_view_px: int
+    recipe: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    hours: float | None = None
+    hardware: str | None = None
+    trained: str | None = None
+    """In words, where nothing else is known."""
+    validation_psnr_db: float | None = None
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """Run on counts of any H and W."""
+        height, width = counts.shape[2:]
+        # An exported program takes no fewer than two multiples.
+        rows, columns = (
+            max(2 * self.multiple_px, side + (-side) % self.multiple_px) for side in (height, width)
+        )
+        padded = F.pad(counts, (0, columns - width, 0, rows - height), mode="replicate")
+        return self.network(padded)[:, :, :height, :width]
+
+    @torch.no_grad()
+    def denoise(self, counts: np.ndarray) -> np.ndarray:
+        """Counts (H, W) of any size -> expected counts (H, W) float32."""
+        return self(torch.from_numpy(counts.astype(np.float32))[None, None])[0, 0].numpy()
+
+
+def load(path: Path) -> Trained:
+    """A run's best.pt or checkpoint.pt, an engine's .pt2, or an .onnx that has its .pt2 beside it."""
+    path = Path(path)
+    if path.suffix == ".onnx":
+        if not path.with_suffix(".pt2").exists():
+            raise ValueError(f"{path} has no {path.with_suffix('.pt2').name} beside it, which is needed here")
+        path = path.with_suffix(".pt2")
+    if path.suffix == ".pt2":
+        return _load_program(path)
+    if path.suffix != ".pt":
+        raise ValueError(f"{path} is no network: expected .pt, .pt2 or .onnx")
+    return _load_checkpoint(path)
+
+
+def _load_checkpoint(path: Path) -> Trained:
+    read, network, state = recipe.load(path)
+    network.eval()
+    spent_s = state.get("spent_s")
+    return Trained(
+        name=path.parent.name, path=path, network=network, multiple_px=network.multiple_px,
+        parameters=parameters(network), bias_free=network.bias_free, macs_per_pixel=macs_per_pixel(network),
+        field_of_view_px=network.field_of_view_px, recipe=asdict(read), steps=state.get("step"),
+        hours=None if spent_s is None else spent_s / 3600, hardware=state.get("hardware"),
+        validation_psnr_db=state.get("validation_psnr_db"),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _load_program(path: Path) -> Trained:
+    files = {"card.json": ""}
+    program = torch.export.load(path, extra_files=files)
+    card = EngineCard.from_metadata(json.loads(files["card.json"]), str(path))
+    network, side = program.module(), 2 * card.multiple_px
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 1, side, side))
+    return Trained(
+        name=card.name, path=path, network=network, multiple_px=card.multiple_px, parameters=card.parameters,
+        bias_free=card.bias_free, macs_per_pixel=counter.get_total_flops() // 2 // side**2,
+        field_of_view_px=card.field_of_view_px, trained=card.trained,
+    )  # fmt: skip
