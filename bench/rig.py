@@ -13,6 +13,7 @@ Frames are made beforehand and sent without a copy, so that the camera costs nex
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import struct
@@ -43,6 +44,7 @@ PATTERNS = 16  # different frames; frame n is pattern n % PATTERNS
 ANYWHERE = "tcp://127.0.0.1:0"
 DOSE = 0.45  # electrons/pixel
 _PATIENCE_MS = 30_000
+_READY_S = 600  # for a service that compiles its network first
 _COUNT = struct.Struct("<Q")
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -219,9 +221,10 @@ class Camera:
 
     def greet(self) -> None:
         """Return as soon as the whole line hears."""
-        deadline = time.monotonic() + _PATIENCE_MS / 1000
+        deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
-            self._mark(wire.START)
+            with contextlib.suppress(zmq.Again):  # nobody is connected yet
+                self._mark(wire.START)
             if self._receipts.poll(50):
                 return
         raise RuntimeError("the subscriber never heard of the series")

@@ -22,8 +22,9 @@ From Python::
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from emstream.version import VERSION
 
 if TYPE_CHECKING:
     from emstream.client import subscribe as subscribe
@@ -31,10 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_engine", "subscribe"]
 
-try:
-    __version__ = version("emstream")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+__version__ = VERSION
 
 _HOMES = {"load_engine": "emstream.inference", "subscribe": "emstream.client"}
 

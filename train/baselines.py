@@ -303,8 +303,8 @@ BASELINES = {
         Baseline(
             name="wavelet", label="wavelet", library="PyWavelets", function=wavelet,
             grid={
-                "bin_px": (1, 4), "name": ("sym4", "db8"), "coarsest_px": (32, 64, 128),
-                "threshold": (1.5, 2.5, 3.0, 3.5), "mode": ("soft", "hard"),
+                "bin_px": (1, 4), "name": ("sym4", "db8"), "coarsest_px": (32, 64),
+                "threshold": (2.0, 2.5, 3.0, 3.5), "mode": ("soft", "hard"),
             },
         ),
         Baseline(

@@ -21,7 +21,6 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from train import shards
-from train.imaging import in_pixels
 from train.shards import Shard, ShardError
 from train.structures import material, projected_columns
 
@@ -157,6 +156,8 @@ class Images:
 
 
 def _rebuilt_columns(parameters: dict[str, Any]) -> np.ndarray:
+    from train.imaging import in_pixels  # abTEM takes seconds to import, and training does without
+
     substance: Any = material(parameters.get("material", shards.EARLIER_SETTINGS["material"]))
     names = substance.Specimen.__dataclass_fields__
     specimen = substance.Specimen(**{name: parameters[name] for name in names if name in parameters})

@@ -115,8 +115,10 @@ def write_onnx(network: Network, path: Path, card: EngineCard) -> None:
 def write_pt2(network: Network, path: Path, card: EngineCard) -> None:
     """Write `network` (folded, in eval mode) as a torch.export program for sizes that are multiples of its own.
 
-    From two multiples up: torch.export will not believe in a size of one.
+    From two multiples up: torch.export will not believe in a size of one. Single precision,
+    and the very numbers that the ONNX holds in half.
     """
+    network = halve(network).float()
     multiple = network.multiple_px
     sizes = [
         multiple * torch.export.Dim(axis, min=2, max=LARGEST_PX // multiple) for axis in ("rows", "columns")
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="NAME.onnx")
     parser.add_argument("--test", type=Path, required=True, help="made by train.simulate, of unseen seeds")
     parser.add_argument("--data", default="", help="what it was trained on, in words")
-    parser.add_argument("--hardware", default="", help="and on what")
+    parser.add_argument("--hardware", default="", help="and on what, if the checkpoint does not say it well")
     arguments = parser.parse_args()
     if arguments.output.suffix != ".onnx":
         parser.error(f"output must end in .onnx, got {arguments.output}")
@@ -177,6 +179,7 @@ def main() -> None:
         parser.error(f"{arguments.checkpoint} was trained on {recipe.task}; an engine takes electron counts")
     network.eval()
     count = parameters(network)
+    hardware = arguments.hardware or state.get("hardware", "")
     fold_norms(network)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     card = EngineCard(
@@ -193,7 +196,7 @@ def main() -> None:
         trained=(
             f"{arguments.data or recipe.train}; {state['step']} steps of {recipe.batch} crops of "
             f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"
-            f"{' on ' + arguments.hardware if arguments.hardware else ''}; AdamW, peak rate "
+            f"{' on ' + hardware if hardware else ''}; AdamW, peak rate "
             f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}, loss {recipe.loss}"
         ),
         commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),

@@ -55,6 +55,13 @@ def choose_device() -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if bfloat16 else torch.float16
 
 
+def hardware(device: torch.device, processes: int) -> str:
+    """What the training ran on, in words."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads() * processes} cores of {torch.cpu.get_capabilities().get('cpu_name', 'a CPU')}"
+
+
 def random(device: torch.device, *key: int) -> torch.Generator:
     """The random numbers of `key`. Every step has its own: to resume exactly, nothing of them need be saved."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
@@ -245,7 +252,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
                     best = score
                     save(
                         out / "best.pt", recipe, network=ema.state_dict(), step=step, spent_s=spent_s,
-                        validation_psnr_db=score,
+                        validation_psnr_db=score, hardware=hardware(device, processes),
                     )  # fmt: skip
         if finished:
             checkpoint()

@@ -1,6 +1,8 @@
 """What training minimises.
 
-Estimates and truths (B, 1, H, W) are 1 in vacuum, doses (B, 1, 1, 1) in electrons per pixel. All are close to (dose / 0.45) (estimate - truth)^2 near the truth, so that one learning rate does for all.
+Estimates and truths (B, 1, H, W) are 1 in vacuum, doses (B, 1, 1, 1) in electrons per pixel.
+All losses are close to (dose / 0.45) (estimate - truth)^2 near the truth, so that one learning
+rate does for all.
 """
 
 from __future__ import annotations

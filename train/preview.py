@@ -65,6 +65,7 @@ def draw(tiles: list[Tile], sheet: Path) -> None:
     """Draw `tiles` into an image file, each cut to its particle; rings mark the particle's surface columns."""
     down = -(-len(tiles) // ACROSS)
     figure = Figure(figsize=(3.2 * ACROSS, 3.8 * down), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr]
     axes = figure.subplots(down, ACROSS, squeeze=False).flat
     for ax in axes:
         ax.set_axis_off()

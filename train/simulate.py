@@ -46,7 +46,8 @@ from train.imaging import GRID_PX, contrast_class, exit_wave, image, in_pixels, 
 from train.shards import Shard, ShardError
 from train.structures import DEFECT_SETS, MATERIALS, check_atoms, material, projected_columns
 
-SPECIMENS_PER_SHARD = 8
+SPECIMENS_PER_SHARD = 8  # fewer when each has many images,
+IMAGES_PER_SHARD = 64  # so that little is lost when a run is killed
 AHEAD = 2  # tasks handed out for each worker: one to do, one to do next
 PREVIEW_SPECIMENS = 12
 WORKERS_TIMEOUT_S = 60
@@ -113,9 +114,10 @@ def simulate_specimen(seed: int, plan: Plan, device: str = "cpu") -> tuple[np.nd
 def missing(directory: Path, seeds: range, plan: Plan) -> dict[Path, list[int]]:
     """Shards that `directory` still lacks, with their seeds; an error if it holds what `plan` does not ask for."""
     todo = {}
-    for start in range(seeds.start, seeds.stop, SPECIMENS_PER_SHARD):
+    size = min(SPECIMENS_PER_SHARD, max(1, IMAGES_PER_SHARD // plan.images_each))
+    for start in seeds[::size]:
         path = directory / f"shard-{start:06d}.h5"
-        wanted = list(seeds[start - seeds.start :][:SPECIMENS_PER_SHARD])
+        wanted = list(range(start, min(start + size, seeds.stop)))
         if path.exists():
             there = shards.settings(path)
             for name, value in plan.settings(wanted).items():

@@ -10,8 +10,9 @@ those on the surface, match them with the true ones and count::
 
 Columns are blobs of the Laplacian of Gaussian (scikit-image), a surface is the boundary of
 their alpha shape, the union of the Delaunay triangles whose circumcircle is small. True
-columns come from the atomic model (`Images.columns`); where a data set does not know
-them, those seen in the noiseless image stand in, as in the paper.
+columns come from the atomic model (`Images.columns`), where the paper takes those seen in
+the noiseless image: so the noiseless image itself can be scored, which shows how much the
+detector sees at best. The same rule says for true and found columns which lie on the surface.
 
 Lengths are in pixels of 6.2 pm, the paper's; `pixel_pm` scales them to other pixels.
 Positions are (x, y) [px], x to the right, y down, (0, 0) the centre of the first pixel.
@@ -32,11 +33,13 @@ from train.noise import PAPER_DOSE
 PIXEL_PM = 6.2
 # The paper's, in its public notebook (surface-metrics-paperdemo.ipynb of
 # sreyas-mohan/electron-microscopy-denoising): sigma 2-20 px in ten steps, threshold 0.03
-# electrons where vacuum has 0.45, radius (sigma times root two) above 9 px, alpha 40 px.
+# electrons where vacuum has 0.45, radius (sigma times root two) above 9 px.
 MIN_SIGMA_PX, MAX_SIGMA_PX, SIGMAS = 2.0, 20.0, 10
 THRESHOLD = 0.03
 MIN_RADIUS_PX = 9.0
-ALPHA_PX = 40.0  # 2.5 A: triangles of Pt columns have 1.6 A, the hole of a missing one 2.4 A or more
+# Largest circumradius. Triangles of Pt columns have 25 px, the notch that a missing one leaves
+# 39 px, which the paper's 40 px would close.
+ALPHA_PX = 34.0
 MATCH_PX = 10.0
 BORDER_PX = 45.0  # a boundary nearer to the frame's edge than one spacing is the frame's, not a surface
 
@@ -48,25 +51,6 @@ class TrueColumns(Protocol):
     """(N, 2) x, y [px]."""
     on_particle: np.ndarray
     """(N,) bool: of the particle, not of its support."""
-    on_surface: np.ndarray
-    """(N,) bool: on the particle's surface."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Columns of one picture."""
-
-    positions: np.ndarray
-    """(N, 2) x, y [px]."""
-    on_surface: np.ndarray
-    """(N,) bool."""
-    on_particle: np.ndarray | None = None
-    """(N,) bool; None where nobody knows."""
-    radius_px: np.ndarray | None = None
-    """(N,) of the blobs that were found."""
-
-    def __len__(self) -> int:
-        return len(self.positions)
 
 
 @dataclass(frozen=True)
@@ -136,27 +120,9 @@ def boundary(points: np.ndarray, alpha_px: float = ALPHA_PX) -> np.ndarray:
     return on_boundary
 
 
-def surface(points: np.ndarray, shape: tuple[int, int], pixel_pm: float = PIXEL_PM) -> np.ndarray:
-    """Which columns (N, 2) of a picture of `shape` lie on a surface, as bool (N,).
-
-    Columns at the picture's edge do not count: what is beyond them is not known.
-    """
-    scale = PIXEL_PM / pixel_pm
-    return boundary(points, ALPHA_PX * scale) & _inside(points, shape, BORDER_PX * scale)
-
-
 def _inside(points: np.ndarray, shape: tuple[int, int], margin_px: float) -> np.ndarray:
     x, y = points.T
     return (x > margin_px) & (x < shape[1] - 1 - margin_px) & (y > margin_px) & (y < shape[0] - 1 - margin_px)
-
-
-def find(image: np.ndarray, *, bright: bool, pixel_pm: float = PIXEL_PM) -> Columns:
-    """The columns of an image (H, W) in electrons, 0.45 in vacuum."""
-    blobs = detect(image, bright=bright, pixel_pm=pixel_pm)
-    positions = blobs[:, :2]
-    return Columns(
-        positions=positions, on_surface=surface(positions, image.shape, pixel_pm), radius_px=blobs[:, 2]
-    )
 
 
 def columns_are_bright(clean: np.ndarray, contrast: str | None = None) -> bool:
@@ -168,22 +134,6 @@ def columns_are_bright(clean: np.ndarray, contrast: str | None = None) -> bool:
     if contrast in ("white", "black"):
         return contrast == "white"
     return float(np.mean((clean - PAPER_DOSE) ** 3)) > 0
-
-
-def reference(images: Any, index: int, clean: np.ndarray) -> tuple[Columns, bool]:
-    """True columns of an image's central view `clean` (H, W, 0.45 in vacuum), and whether they are bright.
-
-    Columns are the atomic model's, or where the data set has none, those seen in `clean`.
-    """
-    bright = columns_are_bright(clean, images.parameters[index].get("contrast"))
-    if not hasattr(images, "columns"):
-        return find(clean, bright=bright), bright
-    true: TrueColumns = images.columns(index, clean.shape[0])
-    inside = _inside(true.positions, clean.shape, BORDER_PX)
-    columns = Columns(
-        positions=true.positions, on_surface=true.on_surface & inside, on_particle=true.on_particle
-    )
-    return columns, bright
 
 
 def match(found: np.ndarray, true: np.ndarray, within_px: float = MATCH_PX) -> np.ndarray:
@@ -200,16 +150,42 @@ def match(found: np.ndarray, true: np.ndarray, within_px: float = MATCH_PX) -> n
     return np.stack([rows[near], columns[near]], axis=1)
 
 
-def score(found: Columns, true: Columns, within_px: float = MATCH_PX) -> SurfaceScore:
-    """Surface columns found against the true ones.
+class Surface:
+    """The surface columns of one picture's particle: the true ones, and the measure for found ones."""
 
-    Where it is known which true columns are the particle's, only these count, and of what
-    was found that whose nearest true column is.
-    """
-    found_surface = found.positions[found.on_surface]
-    true_surface = true.positions[true.on_surface]
-    if true.on_particle is not None and len(true) and len(found_surface):
-        nearest = cKDTree(true.positions).query(found_surface)[1]
-        found_surface = found_surface[true.on_particle[nearest]]
-    pairs = match(found_surface, true_surface, within_px)
-    return SurfaceScore(len(pairs), len(found_surface), len(true_surface))
+    def __init__(self, true: TrueColumns, shape: tuple[int, int], *, bright: bool) -> None:
+        self._tree = cKDTree(true.positions)
+        self._on_particle = np.asarray(true.on_particle, bool)
+        self._support = true.positions[~self._on_particle]
+        self._shape, self._bright = shape, bright
+        self.positions = self._on_surface(true.positions[self._on_particle])
+        """(M, 2) x, y [px] of the true ones."""
+
+    @classmethod
+    def of(cls, images: Any, index: int, clean: np.ndarray) -> Surface:
+        """That of an image's central view `clean` (H, W; 0.45 in vacuum)."""
+        bright = columns_are_bright(clean, images.parameters[index].get("contrast"))
+        return cls(images.columns(index, clean.shape[0]), clean.shape, bright=bright)
+
+    def found(self, image: np.ndarray) -> np.ndarray:
+        """Surface columns (N, 2) seen in an image (H, W) in electrons, 0.45 in vacuum.
+
+        What was found belongs to the particle when the nearest true column does.
+        """
+        columns = detect(image, bright=self._bright)[:, :2]
+        if not len(columns):
+            return columns
+        return self._on_surface(columns[self._on_particle[self._tree.query(columns)[1]]])
+
+    def score(self, image: np.ndarray, within_px: float = MATCH_PX) -> SurfaceScore:
+        """How well an image (H, W) in electrons, 0.45 in vacuum, shows the surface."""
+        found = self.found(image)
+        return SurfaceScore(len(match(found, self.positions, within_px)), len(found), len(self.positions))
+
+    def _on_surface(self, particle: np.ndarray) -> np.ndarray:
+        """Those of the particle's columns (N, 2) that face vacuum: the true support covers its underside.
+
+        Columns near the frame's edge do not count: what is beyond them is not known.
+        """
+        exposed = boundary(np.concatenate([particle, self._support]))[: len(particle)]
+        return particle[exposed & _inside(particle, self._shape, BORDER_PX)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu import engines, networks
-from bench.gpu.engines import Frames
+from bench.gpu.engines import TORCH, Frames
 from bench.gpu.networks import Reference
 from bench.gpu.stage import Context, Job, Setting
 from emstream.cuda import is_pinned
@@ -56,7 +56,7 @@ def correctness(context: Context) -> None:
             }
             for name, size in there
             for kind in kinds
-            for pixels in (PLAN_TYPES[:2] if context.dry else PLAN_TYPES)
+            for pixels in (PLAN_TYPES[: 1 if kind == TORCH else 2] if context.dry else PLAN_TYPES)
             for memory in (_PLAIN, _RING)
             if memory == _PLAIN or pixels in ("uint8", "uint16")
         ),
@@ -74,10 +74,16 @@ def correctness(context: Context) -> None:
             None if worst is None else worst <= TARGET,
         )
         equal = [row["repeats_equal"] for row in rows]
-        context.target(f"{kind}: repeats equal", f"{sum(equal)} of {len(equal)}", "all", all(equal) if equal else None)
+        context.target(
+            f"{kind}: repeats equal", f"{sum(equal)} of {len(equal)}", "all", all(equal) if equal else None
+        )
     context.note(
         "Double precision was computed by PyTorch with the weights as they were before rounding"
-        + ("." if context.dry else ", on the GPU, whose results for a small frame were compared with the CPU's.")
+        + (
+            "."
+            if context.dry
+            else ", on the GPU, whose results for a small frame were compared with the CPU's."
+        )
     )
 
 

@@ -77,9 +77,7 @@ def plan(setting: Setting, kind: str, name: str, frames: Frames) -> Plan:
 
     gpu, flavour = open_gpu(0), installed(kind)
     onnx = networks.files(setting, name).onnx
-    profile = Profile(
-        height=frames.height, width=frames.width, type=frames.type, max_batch=frames.max_batch
-    )
+    profile = Profile(height=frames.height, width=frames.width, type=frames.type, max_batch=frames.max_batch)
     return Plan(gpu, flavour, cached_plan(onnx, sha256_of(onnx), profile, flavour, gpu.info))
 
 

@@ -84,7 +84,9 @@ def cuda(context: Context) -> None:
     for package in _CUDA_PACKAGES:
         context.sweep(_try, [{"package": package, "what": what} for what in _LINES], limit_s=30)
     passed = [row.get("passed", False) for row in context.rows]
-    context.target("CUDA calls that passed", f"{sum(passed)} of {len(passed)}", "all installed packages'", None)
+    context.target(
+        "CUDA calls that passed", f"{sum(passed)} of {len(passed)}", "all installed packages'", None
+    )
 
 
 def _try(setting: Setting, package: str, what: str) -> Job:
@@ -119,7 +121,9 @@ def _random(nbytes: int, seed: int) -> np.ndarray:
 
 def _line_info(gpu: Any) -> str:
     info = gpu.info
-    return f"{gpu.api}; {info.name}, {info.capability}, CUDA {info.driver}, {info.memory_bytes / 2**30:.1f} GiB"
+    return (
+        f"{gpu.api}; {info.name}, {info.capability}, CUDA {info.driver}, {info.memory_bytes / 2**30:.1f} GiB"
+    )
 
 
 def _line_pin(gpu: Any) -> str:
@@ -127,7 +131,9 @@ def _line_pin(gpu: Any) -> str:
 
     for write_combined in (False, True):
         memory = gpu.pin(_NBYTES, write_combined=write_combined)
-        _check(memory.shape == (_NBYTES,) and not memory.any(), "memory is not as long or as empty as asked for")
+        _check(
+            memory.shape == (_NBYTES,) and not memory.any(), "memory is not as long or as empty as asked for"
+        )
         _check(is_pinned(memory[100:200]), "a part of it does not count as page-locked")
         memory[:] = _random(_NBYTES, 1)
         _check(bool((memory == _random(_NBYTES, 1)).all()), "it does not keep what is written")
@@ -285,10 +291,16 @@ def memory(context: Context) -> None:
         context.sweep(
             _measure_ring, [{"memory": where, "megabytes": f"the ring's, {kind}", "kind": kind}], limit_s=60
         )
-    rates = [(context.find(memory=where, megabytes=f"the ring's, {kind}") or {}).get("frames_per_s") for where in kinds[:2]]
+    rates = [
+        (context.find(memory=where, megabytes=f"the ring's, {kind}") or {}).get("frames_per_s")
+        for where in kinds[:2]
+    ]
     if len(rates) == 2 and all(rates):
         context.target(
-            "page-locked ring / pageable ring, frames/s", f"{rates[1] / rates[0]:.2f}", "above 1", rates[1] > rates[0]
+            "page-locked ring / pageable ring, frames/s",
+            f"{rates[1] / rates[0]:.2f}",
+            "above 1",
+            rates[1] > rates[0],
         )
 
 

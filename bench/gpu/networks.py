@@ -248,9 +248,9 @@ def macs_per_pixel(shape: Shape) -> int:
     return total // side**2
 
 
-def cost(setting: Setting, name: str) -> int:
-    """`macs_per_pixel` of a network by name."""
-    return macs_per_pixel(RANDOM.get(name) or shape_of(files(setting, name).onnx))
+def costs(setting: Setting, names: Sequence[str]) -> dict[str, int]:
+    """`macs_per_pixel` of networks by name."""
+    return {name: macs_per_pixel(RANDOM.get(name) or shape_of(files(setting, name).onnx)) for name in names}
 
 
 # -- what they should say -----------------------------------------------------------

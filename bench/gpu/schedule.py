@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None, stages: Sequence[Stage] = STAGES) -> int
     parser.add_argument("--minutes", type=float, default=9, help="in all (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure again what is there already")
     parser.add_argument(
-        "--dry-run", action="store_true", help="rehearse on the CPU: small, quick, and no number means a thing"
+        "--dry-run",
+        action="store_true",
+        help="rehearse on the CPU: small, quick, and no number means a thing",
     )
     parser.add_argument("--commit", help="of this tree, where git cannot say")
     arguments = parser.parse_args(argv)
@@ -116,7 +119,7 @@ class Schedule:
         log.line(stage.name, f"starts, with {limit_s:.0f} s")
         start_s = time.monotonic()
         part = self._out / "parts" / f"{stage.name}.json"
-        found = {**(before or _nothing(PARTIAL)), "status": PARTIAL, "why": None}
+        found = {**(before or _nothing(PARTIAL)), "status": PARTIAL, "why": None, "reason": None}
         request = {
             "out": str(self._out),
             "dry": self._dry,
@@ -138,7 +141,7 @@ class Schedule:
                 found["seconds"] = round(time.monotonic() - start_s, 1)
                 self._keep(stage, found)
 
-        command = [sys.executable, "-m", "bench.gpu.stage", str(part)]
+        command = [sys.executable, "-c", "from bench.gpu.stage import main; main()", str(part)]
         process = subprocess.Popen(
             command,
             cwd=report.ROOT,
@@ -163,6 +166,7 @@ class Schedule:
         gather()
         found["seconds"] = round(time.monotonic() - start_s, 1)
         found["status"], found["why"] = _outcome(process.returncode, in_time, limit_s, found, log)
+        del found["reason"]
         part.unlink()
         self._keep(stage, found)
         log.line(stage.name, f"{found['status']} after {found['seconds']} s; {found['why'] or 'no error'}")
@@ -229,6 +233,8 @@ def _outcome(
         return FAILED, f"ended by {signal.Signals(-code).name}; {' / '.join(log.last)}"
     if code:
         return FAILED, " / ".join(log.last) or f"exit code {code}"
+    if found["reason"]:
+        return NOT_MEASURED, found["reason"]
     if any(row.get("why") == NO_TIME for row in found["rows"]):
         return PARTIAL, NO_TIME
     return DONE, None
@@ -236,10 +242,8 @@ def _outcome(
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a stage and everything it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if process.stdin:
         process.stdin.close()

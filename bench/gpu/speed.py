@@ -31,7 +31,6 @@ def side(setting: Setting) -> int:
 
 def engine(context: Context) -> None:
     """The shipped recipe first: plans for batches of up to 8. Then what PyTorch makes of the same networks."""
-    setting = context.setting
     if "matmul_tflops" not in context.facts:
         try:
             for name, value in context.isolated(engines.ceilings, limit_s=90).items():
@@ -40,7 +39,7 @@ def engine(context: Context) -> None:
             context.note(f"No floor: {error}")
     names = ["unet32"] if context.dry else ["unet128", "unet32", "unet64", "wide64", "unet128x6"]
     names = networks.ensure(context, names)
-    macs = {name: context.isolated(networks.cost, name, limit_s=60) for name in names}
+    macs = context.isolated(networks.costs, names, limit_s=60)
     context.fact("macs_per_pixel", macs)
     if context.dry:
         context.sweep(measure, [_job(name, OPENVINO, 2) for name in names])
@@ -201,7 +200,10 @@ def _serve_size(setting: Setting, network: str, size: str, through: str, kind: s
     length = int(size.partition("x")[0])
     line = service.line(setting, kind, network, length)
     found = service.closed_loop(line, frames=20 if setting.dry else 150, window=24)
-    return {**_rates(found["frames_per_s"], length), "batch": rows_for((length, length), np.dtype(TYPE), PLAN_BATCH)}
+    return {
+        **_rates(found["frames_per_s"], length),
+        "batch": rows_for((length, length), np.dtype(TYPE), PLAN_BATCH),
+    }
 
 
 def _rates(rate: float, length: int) -> Job:
@@ -243,7 +245,9 @@ def _compare(setting: Setting, network: str, engine: str, how: str) -> Job:
     length = side(setting)
     frames = Frames(length, length, TYPE, PLAN_BATCH)
     made, _ = engines.opened(setting, engine, network, frames, mode="reduce-overhead")
-    full = engines.batches(made, networks.poisson(16, length, length), PLAN_BATCH, made.depth_for((length, length)))
+    full = engines.batches(
+        made, networks.poisson(16, length, length), PLAN_BATCH, made.depth_for((length, length))
+    )
     rate = engines.saturated(setting, made, full)
     if engine == TORCH:
         mode = "eager" if setting.dry else "max-autotune"
@@ -265,7 +269,9 @@ def _trace(setting: Setting, network: str, engine: str, how: str) -> Job:
     length = side(setting)
     frames = Frames(length, length, TYPE, PLAN_BATCH)
     made, _ = engines.opened(setting, engine, network, frames, mode="reduce-overhead")
-    full = engines.batches(made, networks.poisson(16, length, length), PLAN_BATCH, made.depth_for((length, length)))
+    full = engines.batches(
+        made, networks.poisson(16, length, length), PLAN_BATCH, made.depth_for((length, length))
+    )
     engines.saturated(setting, made, full, 0.2)
     with profile(activities=[activity]) as recorded:
         rate = engines.saturated(setting, made, full, 0.8)
@@ -322,7 +328,9 @@ def union(spans: list[tuple[float, float]]) -> np.ndarray:
 def _shorten(path: Path, events: list[dict[str, Any]], keep_s: float = 0.1) -> None:
     """Keep the last tenth of a second of a trace, gzipped: a whole one is too large to look at."""
     timed = [event for event in events if "ts" in event]
-    end = max((event["ts"] + event.get("dur", 0) for event in timed if event.get("cat") in _WORK), default=None)
+    end = max(
+        (event["ts"] + event.get("dur", 0) for event in timed if event.get("cat") in _WORK), default=None
+    )
     kept = events if end is None else [e for e in events if "ts" not in e or e["ts"] > end - keep_s * 1e6]
     with gzip.open(path.with_suffix(".json.gz"), "wt") as file:
         json.dump({"traceEvents": kept}, file)

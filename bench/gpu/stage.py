@@ -1,12 +1,11 @@
 """A stage's own process: what its function may use, and how it hands over every row as soon as it has it.
 
-``python -m bench.gpu.stage PART.json`` is what `schedule` starts. PART.json comes with what is
-to be done and what is known; rows, notes and targets go back into it.
+`schedule` starts `main` with PART.json, which says what is to be done and what is known; rows,
+notes and targets go back into it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
@@ -60,6 +59,7 @@ class Context:
         self._part = part
         self._notes: list[str] = []
         self._targets: list[dict[str, Any]] = []
+        self._reason: str | None = None
         self._deadline_s = time.monotonic() + request["limit_s"]
 
     @property
@@ -69,7 +69,7 @@ class Context:
     @property
     def left_s(self) -> float:
         """Seconds left to this stage, less what it takes to end in good order."""
-        return self._deadline_s - time.monotonic() - (1 if self.dry else 4)
+        return self._deadline_s - time.monotonic() - (2 if self.dry else 6)
 
     # -- what is found -----------------------------------------------------------
 
@@ -99,6 +99,12 @@ class Context:
     def target(self, what: str, measured: str | None, target: str, met: bool | None) -> None:
         if not any(each["what"] == what for each in self._targets):
             self._targets.append({"what": what, "measured": measured, "target": target, "met": met})
+        self._save()
+
+    def nothing(self, reason: str) -> None:
+        """This stage has nothing to measure here."""
+        print(reason)
+        self._reason = reason
         self._save()
 
     # -- measuring ---------------------------------------------------------------
@@ -154,6 +160,7 @@ class Context:
             "notes": self._notes,
             "facts": self.facts,
             "targets": self._targets,
+            "reason": self._reason,
         }
         partial = self._part.with_suffix(".partial")
         partial.write_text(json.dumps(found, allow_nan=False))
@@ -164,13 +171,6 @@ def last_line(text: str) -> str:
     """The end of an error message or traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:_KEPT_TEXT] if lines else "it gave no reason"
-
-
-def resolve(work: str) -> Callable[[Context], None]:
-    """The function that module:function names."""
-    module, _, name = work.partition(":")
-    function: Callable[[Context], None] = getattr(importlib.import_module(module), name)
-    return function
 
 
 # -- processes within a stage ------------------------------------------------------
@@ -207,8 +207,7 @@ def _log_to_stderr() -> None:
 
 def _die_with_parent() -> None:
     """The schedule holds the other end of stdin; whatever ends it ends this and all it started."""
-    with contextlib.suppress(OSError):
-        sys.stdin.buffer.read()
+    os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -217,9 +216,9 @@ def main() -> None:
     if os.getpgid(0) == os.getpid():
         threading.Thread(target=_die_with_parent, daemon=True).start()
     _log_to_stderr()
-    work = json.loads(part.read_text())["work"]
-    resolve(work)(Context(part))
-
-
-if __name__ == "__main__":
-    main()
+    work, context = json.loads(part.read_text())["work"], Context(part)
+    module, _, name = work.partition(":")
+    try:
+        getattr(importlib.import_module(module), name)(context)
+    except NotMeasured as reason:
+        context.nothing(str(reason))

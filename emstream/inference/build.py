@@ -7,7 +7,6 @@ in as bytes and are put together inside.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import emstream
 from emstream.cuda import GpuInfo
 from emstream.errors import EngineError, EngineInvalid, EngineNotFound, EngineUnavailable
 from emstream.inference.card import EngineCard
@@ -24,6 +22,7 @@ from emstream.inference.engine import sha256_of
 from emstream.inference.flavour import Flavour
 from emstream.inference.keep import keep, kept
 from emstream.inference.plan import Profile, Record
+from emstream.version import VERSION
 
 log = logging.getLogger(__name__)
 INPUT, OUTPUT = "raw", "expected_counts"
@@ -72,8 +71,7 @@ def build_plan(
         precision=precision,
         profile=profile,
         built=datetime.now(UTC).isoformat(timespec="seconds"),
-        emstream=emstream.__version__,
-        plan_sha256=hashlib.sha256(compiled).hexdigest(),
+        emstream=VERSION,
         card=card,
     )
     return record, compiled

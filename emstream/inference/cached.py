@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-import emstream
 from emstream.cuda import Gpu, GpuInfo
 from emstream.errors import EngineInvalid
 from emstream.inference.build import build_plan, read_card
@@ -28,6 +27,7 @@ from emstream.inference.flavour import Flavour
 from emstream.inference.plan import PLAN_TYPES, Profile, read_plan, write_plan
 from emstream.inference.tensorrt import load_plan
 from emstream.ring import rows_for
+from emstream.version import VERSION
 
 log = logging.getLogger(__name__)
 _LARGEST_PX = (4096, 4096)  # larger frames are tiled
@@ -61,7 +61,7 @@ def _per_gpu(what: str, flavour: Flavour, gpu: GpuInfo) -> Path:
 def cached_plan(onnx: Path, sha256: str, profile: Profile, flavour: Flavour, gpu: GpuInfo) -> Path:
     """The cached plan of `onnx`, built now if there is none yet."""
     depends_on: dict[str, Any] = {"onnx": sha256, "flavour": flavour.name, "version": flavour.version}
-    depends_on |= {"emstream": emstream.__version__}
+    depends_on |= {"emstream": VERSION}
     depends_on |= asdict(profile) | {"gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver}
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     size = f"{profile.height}x{profile.width}-{profile.type}-{profile.max_batch}"

@@ -2,7 +2,8 @@
 
 ::
 
-    b"emstream plan 1\\n" | record length, 8 bytes little-endian | record, JSON | TensorRT's bytes
+    b"emstream plan 1\\n" | SHA-256 of the rest, 32 bytes | record length, 8 bytes little-endian
+        | record, JSON | TensorRT's bytes
 
 A plan is for one frame size and pixel type, a range of batches, one version of one
 flavour, and (but for TensorRT for RTX) one kind of GPU. All of that is checked before
@@ -17,7 +18,7 @@ import shlex
 import struct
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from emstream.inference.card import EngineCard
 from emstream.inference.keep import write_whole
 
 _MAGIC = b"emstream plan 1\n"
+_DIGEST_BYTES = 32
 _LONGEST_RECORD = 1 << 20
 PLAN_TYPES = ("uint8", "uint16", "uint32", "float32")
 
@@ -79,8 +81,6 @@ class Record:
     built: str
     """UTC, ISO 8601."""
     emstream: str
-    plan_sha256: str
-    """Of what TensorRT compiled."""
     card: EngineCard
 
     def rebuild(self, path: Path, **changes: Any) -> str:
@@ -119,43 +119,47 @@ def _number(version: str) -> tuple[int, ...]:
 def write_plan(path: Path, record: Record, compiled: bytes) -> None:
     """Write a plan file; `path` is the old one or the whole new one, also when killed."""
     text = json.dumps(record.as_dict()).encode()
-    write_whole(path, _MAGIC, struct.pack("<Q", len(text)), text, compiled)
+    rest = struct.pack("<Q", len(text)) + text + compiled
+    write_whole(path, _MAGIC, hashlib.sha256(rest).digest(), rest)
 
 
 def read_record(path: Path) -> Record:
     """What `path` was built from and for; needs no GPU. Raises EngineInvalid."""
-    with path.open("rb") as file:
-        return _read_record(file, path)
+    return read_plan(path)[0]
 
 
 def read_plan(path: Path) -> tuple[Record, bytes]:
-    """The record, and what TensorRT compiled: the very bytes. Raises EngineInvalid."""
-    with path.open("rb") as file:
-        record, compiled = _read_record(file, path), file.read()
-    if hashlib.sha256(compiled).hexdigest() != record.plan_sha256:
-        raise EngineInvalid(f"{path} is a damaged plan; build it again: {record.rebuild(path)}")
-    return record, compiled
-
-
-def _read_record(file: IO[bytes], path: Path) -> Record:
-    if file.read(len(_MAGIC)) != _MAGIC:
+    """The record, and what TensorRT compiled, to the last bit. Raises EngineInvalid."""
+    content = memoryview(path.read_bytes())
+    if content[: len(_MAGIC)] != _MAGIC:
         raise EngineInvalid(
             f"{path} does not say what it was built from, as plans of emstream do; "
-            f"build one: emstream build MODEL.onnx -o {shlex.quote(str(path))}"
+            f"build one: {_build_somehow(path)}"
         )
+    digest, rest = content[len(_MAGIC) :][:_DIGEST_BYTES], content[len(_MAGIC) + _DIGEST_BYTES :]
     try:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > _LONGEST_RECORD:
-            raise ValueError(f"a record of {length} bytes")
-        values = json.loads(file.read(length))
-        values["profile"] = Profile(**values["profile"])
-        values["card"] = EngineCard(**{**values["card"], "dose_range": tuple(values["card"]["dose_range"])})
-        unknown = set(values) ^ {field.name for field in fields(Record)}
-        if unknown:
-            raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
-        return Record(**values)
+        record, compiled = _split(rest)
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise EngineInvalid(
-            f"{path} is a damaged plan ({error}); "
-            f"build it again: emstream build MODEL.onnx -o {shlex.quote(str(path))}"
+            f"{path} is a damaged plan ({error}); build it again: {_build_somehow(path)}"
         ) from None
+    if hashlib.sha256(rest).digest() != digest:
+        raise EngineInvalid(f"{path} is a damaged plan; build it again: {record.rebuild(path)}")
+    return record, bytes(compiled)
+
+
+def _build_somehow(path: Path) -> str:
+    return shlex.join(["emstream", "build", "MODEL.onnx", "-o", str(path)])
+
+
+def _split(rest: memoryview) -> tuple[Record, memoryview]:
+    (length,) = struct.unpack_from("<Q", rest)
+    if length > _LONGEST_RECORD:
+        raise ValueError(f"a record of {length} bytes")
+    values = json.loads(bytes(rest[8 : 8 + length]))
+    values["profile"] = Profile(**values["profile"])
+    values["card"] = EngineCard(**{**values["card"], "dose_range": tuple(values["card"]["dose_range"])})
+    unknown = set(values) ^ {field.name for field in fields(Record)}
+    if unknown:
+        raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
+    return Record(**values), rest[8 + length :]

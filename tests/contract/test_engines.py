@@ -41,7 +41,7 @@ def tiled(path: Path) -> Engine:
 
 def torch(path: Path) -> Engine:
     pytest.importorskip("torch", reason="the torch engine needs PyTorch: pip install 'emstream[train]'")
-    return load_engine(path.with_suffix(".pt2"))
+    return load_engine(path.with_suffix(".pt2"), device="cpu")
 
 
 def cached_plans(path: Path, gpu: PretendGpu, network: Engine) -> Engine:

@@ -52,7 +52,6 @@ def record_of(profile: Profile, **changes: Any) -> Record:
         "profile": profile,
         "built": "2026-01-01T00:00:00+00:00",
         "emstream": "0",
-        "plan_sha256": "0" * 64,
         "card": CARD,
     }
     return Record(**values | changes)
@@ -108,10 +107,11 @@ class ICudaEngine:
 
     def __init__(self, gpu: PretendGpu, network: Network, logger: Any) -> None:
         self._gpu, self._network, self._logger = gpu, network, logger
-        self._weights = gpu.allocate(WEIGHTS_BYTES)
+        self._memory = [gpu.allocate(WEIGHTS_BYTES)]
 
     def __del__(self) -> None:
-        self._gpu.free(self._weights)
+        for weights in getattr(self, "_memory", []):
+            self._gpu.free(weights)
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig(self._gpu)

@@ -27,7 +27,7 @@ class DnCNN(Network):
         self.layers = nn.Sequential(*layers)
 
     def narrow(self) -> DnCNN:
-        return DnCNN(2, not self.bias_free, self.depth)
+        return DnCNN(1, not self.bias_free, self.depth)
 
     def forward(self, counts: Tensor) -> Tensor:
         return self.layers(counts)

@@ -39,7 +39,7 @@ class DURR(Network):
         )  # fmt: skip
 
     def narrow(self) -> DURR:
-        return DURR(2, not self.bias_free)
+        return DURR(1, not self.bias_free)
 
     def forward(self, counts: Tensor) -> Tensor:
         fine = self.fine(counts)

@@ -75,7 +75,7 @@ class UNet(Network):
         self.head = nn.Conv2d(base, unshuffle**2, 1, bias=bias)
 
     def narrow(self) -> UNet:
-        return UNet(2, self.scales, self.unshuffle, not self.bias_free)
+        return UNet(1, self.scales, self.unshuffle, not self.bias_free)
 
     def forward(self, counts: Tensor) -> Tensor:
         x = F.pixel_unshuffle(counts, self.unshuffle) if self.unshuffle > 1 else counts

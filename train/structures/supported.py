@@ -14,7 +14,7 @@ Defects of the particle's surface, one per specimen. Of the paper:
 
 and more:
 
-    adatoms   one to three short columns, of one to five atoms each, in hollow sites of the surface
+    adatoms   one to three short columns, of one to five atoms each, in hollow sites round the particle's edge
     row       every second column of a facet's outermost layer is missing, as in the (1x2) missing-row surface
     step      a facet's outermost layer ends half way: a terrace one atom high
     twin      the particle's upper part is the mirror image of the lower across a {111} plane seen edge on
@@ -308,7 +308,10 @@ def _facet_layer(places: np.ndarray, facets: Facets, rng: np.random.Generator) -
 
 
 def _adatoms(r: np.ndarray, metal: Metal, rng: np.random.Generator) -> np.ndarray:
-    """Atoms (N, 3) in places where the lattice of `r` would go on, each with at least three neighbours in `r`."""
+    """Atoms (N, 3) in places where the lattice of `r` would go on, each with at least three neighbours in `r`.
+
+    Adatoms in front of a column or behind it are left out: in projection nobody would see them.
+    """
     tree = cKDTree(r)
     bonded = tree.query_ball_point(r, 1.1 * metal.bond_a)
     bulk = max(range(len(r)), key=lambda atom: len(bonded[atom]))
@@ -316,7 +319,7 @@ def _adatoms(r: np.ndarray, metal: Metal, rng: np.random.Generator) -> np.ndarra
     sites = (r[:, None] + bonds).reshape(-1, 3)
     sites = sites[np.unique(np.round(sites, 3), axis=0, return_index=True)[1]]
     supported = tree.query_ball_point(sites, 1.1 * metal.bond_a, return_length=True) >= 3
-    vacant = tree.query(sites)[0] > 0.5 * metal.bond_a
+    vacant = cKDTree(columns(r)[1]).query(sites[:, :2])[0] > 0.5
     sites = sites[supported & vacant & (sites[:, 1] > 1.0)]
 
     index, places = columns(sites)
