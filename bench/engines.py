@@ -10,7 +10,7 @@ over the frames of all repeats; a ratio is the median over repeats of the ratio 
 
 Engines are shipped in half precision. ONNX Runtime would compute that on a CPU with a cast around
 every node, so it gets the same graph with its weights and casts widened to float32, which is what it
-is fastest at; the weights themselves stay as they were rounded. PyTorch gets the unrounded weights.
+is fastest at. The weights are the same numbers in every engine.
 
 The difference of outputs is max |a - b| / max |b| against ONNX Runtime in fp32.
 """

@@ -85,7 +85,9 @@ class Child:
         try:
             said = self._pipe.recv()
         except EOFError:
-            raise RuntimeError(f"{self.name} ended without an answer") from None
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            raise RuntimeError(f"{self.name} ended without an answer, exit code {code}") from None
         if isinstance(said, _Fault):
             raise RuntimeError(f"{self.name} failed:\n{said.text}")
         return said

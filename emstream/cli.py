@@ -405,6 +405,8 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 
     console = Console()
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths and commands are there to be copied
     for name, value in report.items():
         if isinstance(value, dict):
             value = "  ".join(

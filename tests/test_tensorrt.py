@@ -961,6 +961,22 @@ def test_a_broken_engine_costs_its_own_batches_and_few_of_them(fails: str, broke
     assert len(parts[broken].got) > 50
 
 
+def test_a_batch_that_is_refused_says_nothing_about_the_engine() -> None:
+    gpus = [PretendGpu(0), PretendGpu(1)]
+    engine = SharedEngine(
+        [
+            TensorRTEngine(Path("u.plan"), record_of(PROFILE), gpu, PretendProgram(gpu, PROFILE, network))
+            for gpu in gpus
+        ]
+    )
+    for bad in (noise(0, (1, *SHAPE), "float32"), noise(0, (9, *SHAPE))):
+        with pytest.raises((EngineError, ValueError)):
+            engine.submit(bad, np.empty(bad.shape, np.float32))
+        assert engine.depth_for(SHAPE) == engine.depth
+    right(engine, [noise(n) for n in range(12)])
+    engine.close()
+
+
 def test_engines_that_all_fail_are_all_tried() -> None:
     parts = [Part(), Part()]
     engine = SharedEngine(parts)

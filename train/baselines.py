@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import pywt
 import torch
-from scipy import fft, ndimage, signal
+from scipy import fft, ndimage
 from scipy.stats import poisson
 from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
@@ -90,9 +90,10 @@ def wiener(counts: np.ndarray, *, size_px: int, noise: float) -> np.ndarray:
     (Lim, "Two-Dimensional Signal and Image Processing", 1990.)
     """
     counts = counts.astype(np.float64)
-    padded = np.pad(counts, size_px, mode="symmetric")
-    filtered = signal.wiener(padded, size_px, noise=noise * max(counts.mean(), 1e-12))
-    return filtered[size_px:-size_px, size_px:-size_px].astype(np.float32)
+    mean = ndimage.uniform_filter(counts, size_px, mode="reflect")
+    variance = ndimage.uniform_filter(counts**2, size_px, mode="reflect") - mean**2
+    gain = 1 - noise * counts.mean() / np.maximum(variance, 1e-12)
+    return (mean + np.clip(gain, 0, 1) * (counts - mean)).astype(np.float32)
 
 
 def _relative_power(spectrum: np.ndarray, counts: np.ndarray, smooth_px: float) -> np.ndarray:
@@ -303,20 +304,20 @@ BASELINES = {
         Baseline(
             name="wavelet", label="wavelet", library="PyWavelets", function=wavelet,
             grid={
-                "bin_px": (1, 4), "name": ("sym4", "db8"), "coarsest_px": (32, 64),
-                "threshold": (2.0, 2.5, 3.0, 3.5), "mode": ("soft", "hard"),
+                "bin_px": (2, 4), "name": ("sym4", "db8"), "coarsest_px": (32, 64, 128),
+                "threshold": (2.0, 3.0, 3.5, 4.0, 5.0), "mode": ("soft", "hard"),
             },
         ),
         Baseline(
             name="nlm", label="NLM", library="scikit-image", function=nlm,
             grid={
-                "bin_px": (3, 4, 6), "patch_px": (12, 20, 28, 40), "reach_px": (40, 80),
-                "strength": (0.3, 0.5, 0.7, 1.0),
+                "bin_px": (4, 6, 8), "patch_px": (24, 40, 56, 72), "reach_px": (40, 80, 120, 160),
+                "strength": (0.3, 0.4, 0.5, 0.6, 0.8),
             },
         ),
         Baseline(
             name="pure_let", label="PURE-LET", library="NumPy", function=pure_let,
-            grid={"levels": (3, 4, 5, 6)},
+            grid={"levels": (4, 5, 6, 7)},
         ),
     )
 }  # fmt: skip
@@ -341,12 +342,12 @@ class Tuned:
 
 
 def tune(
-    baseline: Baseline, images: Images, dose: float, *, views: int = 12, size_px: int = VIEW_PX
+    baseline: Baseline, images: Images, dose: float, *, views: int = 12, size_px: int | None = None
 ) -> Tuned:
     """The grid's best parameters by mean PSNR on `views` of the `images`, spread evenly, at `dose`."""
     indices = np.unique(np.linspace(0, len(images) - 1, views).round().astype(int))
     generator = torch.Generator().manual_seed(TUNING_SEED)
-    truths = [images.central_views(size_px, [int(index)]) for index in indices]
+    truths = [images.central_views(size_px or VIEW_PX, [int(index)]) for index in indices]
     noisy = [expose(truth, torch.tensor([dose]), generator)[0, 0].numpy() for truth in truths]
     scale = PAPER_DOSE / dose
     best, best_db = {}, -np.inf
@@ -381,9 +382,11 @@ def read(path: Path) -> list[Tuned]:
     return [Tuned(**(entry | {"at_edge": tuple(entry["at_edge"])})) for entry in entries]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m train.baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "validation", type=Path, help="a directory made by train.simulate; not the test images"
@@ -392,7 +395,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(BASELINES), default=list(BASELINES))
     parser.add_argument("--views", type=int, default=12, help="images to tune on (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="TUNED.json", required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     images = Images(arguments.validation)
     tuned = []
     for dose in arguments.doses:

@@ -19,10 +19,9 @@ class Log:
         if path.exists():
             with path.open(newline="") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self._file = path.open("w", newline="")
-        self._csv = csv.writer(self._file)
-        self._csv.writerows([COLUMNS, *rows])
-        self._file.flush()
+        self._path = path
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
         self._board = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -32,14 +31,13 @@ class Log:
 
     def write(self, *row: Any) -> None:
         """One value for each of `COLUMNS`; None where there is none."""
-        self._csv.writerow(row)
-        self._file.flush()
+        with self._path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
         if self._board is not None:
             for name, value in zip(COLUMNS[1:], row[1:], strict=True):
                 if value is not None:
                     self._board.add_scalar(name, float(value), row[0])
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()

@@ -54,10 +54,12 @@ class Trained:
     @torch.no_grad()
     def denoise(self, counts: np.ndarray) -> np.ndarray:
         """Counts (H, W) of any size -> expected counts (H, W) float32."""
-        return self(torch.from_numpy(counts.astype(np.float32))[None, None])[0, 0].numpy()
+        device = next(self.network.parameters()).device
+        x = torch.from_numpy(counts.astype(np.float32)).to(device)
+        return self(x[None, None])[0, 0].cpu().numpy()
 
 
-def load(path: Path) -> Trained:
+def load(path: Path, device: str = "cpu") -> Trained:
     """A run's best.pt or checkpoint.pt, an engine's .pt2, or an .onnx that has its .pt2 beside it."""
     path = Path(path)
     if path.suffix == ".onnx":
@@ -65,10 +67,13 @@ def load(path: Path) -> Trained:
             raise ValueError(f"{path} has no {path.with_suffix('.pt2').name} beside it, which is needed here")
         path = path.with_suffix(".pt2")
     if path.suffix == ".pt2":
-        return _load_program(path)
-    if path.suffix != ".pt":
+        trained = _load_program(path)
+    elif path.suffix == ".pt":
+        trained = _load_checkpoint(path)
+    else:
         raise ValueError(f"{path} is no network: expected .pt, .pt2 or .onnx")
-    return _load_checkpoint(path)
+    trained.network.to(device)
+    return trained
 
 
 def _load_checkpoint(path: Path) -> Trained:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from train.metrics import Spread
@@ -41,10 +42,11 @@ def scale_bar(axis: Axes, length_nm: float, pixel_pm: float = PIXEL_PM, colour: 
     length_px = 1000 * length_nm / pixel_pm
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     x, y = left + 0.05 * (right - left), bottom + 0.06 * (top - bottom)
+    outline = [withStroke(linewidth=1.5, foreground="black" if colour == "white" else "white")]
     axis.plot([x, x + length_px], [y, y], color=colour, linewidth=3, solid_capstyle="butt")
     axis.text(
         x + length_px / 2, y + 0.02 * (top - bottom), f"{length_nm:g} nm", color=colour, ha="center", va="bottom",
-        fontsize=9,
+        fontsize=9, path_effects=outline,
     )  # fmt: skip
     axis.set_xlim(left, right)
     axis.set_ylim(bottom, top)
@@ -139,16 +141,23 @@ def psnr_against_field_of_view(series: Mapping[str, Sequence[Mapping[str, Any]]]
             elinewidth=0.8, capsize=2, label=label, markerfacecolor="none" if n else COLOURS[n],
         )  # fmt: skip
         for point in points:
+            x, y = point["field_of_view_px"], point["psnr_db"]
+            crowded = any(
+                abs(np.log(x / other["field_of_view_px"])) < 0.2 and 0 < other["psnr_db"] - y < 1
+                for other in points
+            )
             axis.annotate(
-                point["name"], (point["field_of_view_px"], point["psnr_db"]), textcoords="offset points",
-                xytext=(7, -3), fontsize=7, color=COLOURS[n],
+                point["name"], (x, y), textcoords="offset points", xytext=(-7 if n else 7, -10 if crowded else 2),
+                ha="right" if n else "left", fontsize=7, color=COLOURS[n],
             )  # fmt: skip
     axis.set_xscale("log")
-    ticks = sorted({point["field_of_view_px"] for points in series.values() for point in points})
+    ticks: list[int] = []
+    for tick in sorted({point["field_of_view_px"] for points in series.values() for point in points}):
+        if not ticks or tick > 1.3 * ticks[-1]:
+            ticks.append(tick)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
-    low, high = axis.get_xlim()
-    axis.set_xlim(low, high * 1.8)  # room for names
+    axis.set_xlim(ticks[0] / 3, ticks[-1] * 3)  # room for names
     axis.set_xlabel("field of view [px of 6.2 pm]")
     axis.set_ylabel("PSNR [dB], mean and sd over images")
     axis.grid(linewidth=0.3)

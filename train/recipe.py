@@ -5,7 +5,6 @@ The comments in train/recipes/ say how each value was chosen.
 
 from __future__ import annotations
 
-import pickle
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -79,7 +78,7 @@ class Recipe:
             raise RecipeError(f"distill_weight must be at most 1, got {self.distill_weight}")
         if self.task == "photographs":
             sigmas = self.noise_sigma or []
-            if len(sigmas) != 2 or {type(s) for s in sigmas} > {int, float} or not 0 <= sigmas[0] < sigmas[1]:
+            if len(sigmas) != 2 or not {type(s) for s in sigmas} <= {int, float} or not 0 <= sigmas[0] < sigmas[1]:
                 raise RecipeError(f"photographs need noise_sigma = [lowest, highest], got {self.noise_sigma}")
             if (self.loss, self.doses, self.train, self.validate) != ("mse", "range", None, None):
                 raise RecipeError("photographs have no doses, no train or validate, and the loss mse")
@@ -137,10 +136,14 @@ def load(path: Path) -> tuple[Recipe, Network, dict[str, Any]]:
     """The recipe, the network and everything else of a checkpoint: checkpoint.pt or best.pt."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: what torch makes of rubbish depends on the rubbish
+        raise RecipeError(f"{path} is no checkpoint of train.fit: {error}") from None
+    try:
         recipe = Recipe.of(state["recipe"], path)
         network = recipe.outline()
-        network.load_state_dict(state["network"], assign=True)
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        # A plain dictionary: torch notes in its own kind that it is assigned, and would do so ever after.
+        network.load_state_dict(dict(state["network"]), assign=True)
+    except (RuntimeError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} is no checkpoint of train.fit: {error}") from None
     return recipe, network, state
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu import networks
+from bench.gpu import networks, smi
 from bench.gpu.stage import Context, NotMeasured, Setting
 from emstream.inference import Engine
 from emstream.inference.flavour import FLAVOURS
@@ -106,11 +106,14 @@ def open_engine(
         with compiled.gpu.current():
             program = compiled.program()
         engine = TensorRTEngine(compiled.path, record, compiled.gpu, program, graphs=graphs)
-    engine.prepare((frames.height, frames.width), frames.dtype)
+    shape = frames.height, frames.width
+    engine.prepare(shape, frames.dtype)
+    largest = np.zeros((frames.max_batch, *shape), frames.dtype)
+    engine.collect(engine.submit(largest, np.empty(largest.shape, np.float32)))
     return engine
 
 
-_opened: tuple[Any, Engine, float] | None = None
+_opened: tuple[Any, Engine] | None = None
 
 
 def opened(
@@ -121,13 +124,18 @@ def opened(
     key = (kind, name, frames, graphs, mode)
     if _opened is not None and _opened[0] == key:
         return _opened[1], None
+    close()
+    start_s = time.monotonic()
+    _opened = key, open_engine(setting, kind, name, frames, graphs=graphs, mode=mode)
+    return _opened[1], round(time.monotonic() - start_s, 2)
+
+
+def close() -> None:
+    """Close the engine that `opened` keeps."""
+    global _opened
     if _opened is not None:
         _opened[1].close()
-        _opened = None
-    start_s = time.monotonic()
-    engine = open_engine(setting, kind, name, frames, graphs=graphs, mode=mode)
-    _opened = key, engine, time.monotonic() - start_s
-    return engine, round(_opened[2], 2)
+    _opened = None
 
 
 # -- rates ---------------------------------------------------------------------------
@@ -194,35 +202,38 @@ def compute_tensorrt_ms(
 ) -> float:
     """One batch, from device memory to device memory, next to others like it on one stream."""
     compiled = plan(setting, kind, name, frames)
-    gpu = compiled.gpu
     counts = networks.poisson(batch, frames.height, frames.width).astype(frames.type)
+    with compiled.gpu.current():  # all that TensorRT made is gone before this ends
+        return _compute_tensorrt_ms(setting, compiled, counts, graphs)
+
+
+def _compute_tensorrt_ms(setting: Setting, compiled: Plan, counts: np.ndarray, graphs: bool) -> float:
+    gpu, program = compiled.gpu, compiled.program()
     source = gpu.pin(counts.nbytes)
     source[:] = counts.view(np.uint8).reshape(-1)
-    with gpu.current():
-        program = compiled.program()
-        buffers = [gpu.allocate(n) for n in (counts.nbytes, 4 * counts.size, max(1, program.working_bytes))]
-        try:
-            context = program.context(batch, *(gpu.address(buffer) for buffer in buffers))
-            stream, done = gpu.stream(), gpu.event()
+    buffers = [gpu.allocate(n) for n in (counts.nbytes, 4 * counts.size, max(1, program.working_bytes))]
+    context = program.context(len(counts), *(gpu.address(buffer) for buffer in buffers))
+    stream, done = gpu.stream(), gpu.event()
 
-            def wait() -> None:
-                gpu.record(done, stream)
-                gpu.synchronize(done)
+    def wait() -> None:
+        gpu.record(done, stream)
+        gpu.synchronize(done)
 
-            gpu.upload(buffers[0], source, stream)
+    gpu.upload(buffers[0], source, stream)
+    context.execute(gpu.handle(stream))
+    wait()
+    if not graphs:
+        ms = back_to_back(setting, lambda: context.execute(gpu.handle(stream)), wait)
+    elif not gpu.has_graphs:
+        raise NotMeasured(f"{gpu.api} cannot capture graphs")
+    else:
+        with gpu.capture(stream) as kept:
             context.execute(gpu.handle(stream))
-            wait()
-            if not graphs:
-                return back_to_back(setting, lambda: context.execute(gpu.handle(stream)), wait)
-            if not gpu.has_graphs:
-                raise NotMeasured(f"{gpu.api} cannot capture graphs")
-            with gpu.capture(stream) as kept:
-                context.execute(gpu.handle(stream))
-            return back_to_back(setting, lambda: gpu.launch(kept[0], stream), wait)
-        finally:
-            program.close()
-            for buffer in buffers:
-                gpu.free(buffer)
+        ms = back_to_back(setting, lambda: gpu.launch(kept[0], stream), wait)
+    program.close()
+    for buffer in buffers:
+        gpu.free(buffer)
+    return ms
 
 
 def compute_torch_ms(setting: Setting, name: str, frames: Frames, batch: int, mode: str) -> float:
@@ -250,8 +261,8 @@ def compute_torch_ms(setting: Setting, name: str, frames: Frames, batch: int, mo
 # -- what this GPU can do ----------------------------------------------------------------
 
 
-def ceilings(setting: Setting) -> dict[str, float]:
-    """{matmul_tflops, copy_tb_per_s}: half-precision matrix product, and a copy counting bytes read and written."""
+def ceilings(setting: Setting) -> dict[str, Any]:
+    """{matmul_tflops, clocks, copy_tb_per_s}: half-precision matrix product; a copy, bytes read and written."""
     import torch
 
     side, n_bytes = (256, 1 << 20) if setting.dry else (8192, 1 << 32)
@@ -262,9 +273,16 @@ def ceilings(setting: Setting) -> dict[str, float]:
     target = torch.empty_like(source)
     wait = (lambda: None) if setting.dry else torch.cuda.synchronize
     multiply_ms = back_to_back(setting, lambda: torch.matmul(a, b, out=product), wait)
+    for _ in range(
+        0 if setting.dry else round(2000 / multiply_ms)
+    ):  # two seconds of work to look at meanwhile
+        torch.matmul(a, b, out=product)
+    clocks = smi.clocks()
+    wait()
     copy_ms = back_to_back(setting, lambda: target.copy_(source), wait)
     return {
         "matmul_tflops": round(2 * side**3 / multiply_ms / 1e9, 4),
+        "clocks": f"clocks meanwhile: {clocks}",
         "copy_tb_per_s": round(2 * n_bytes / copy_ms / 1e9, 4),
     }
 

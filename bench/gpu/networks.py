@@ -147,7 +147,7 @@ def random_network(name: str) -> Any:
 
 
 def exact_network(setting: Setting, name: str) -> Any:
-    """Raw counts (B, H, W) -> expected counts (B, H, W) in double precision, with weights that were not rounded."""
+    """Raw counts (B, H, W) -> expected counts (B, H, W) in double precision, with the weights of the files."""
     from train.export import CountsToIntensity
 
     return CountsToIntensity(_network(setting, name).double()).eval()
@@ -163,10 +163,10 @@ def half_network(setting: Setting, name: str) -> Any:
 
 def _network(setting: Setting, name: str) -> Any:
     torch = _torch()
-    from train.export import fold_norms
+    from train.export import fold_norms, halve
 
     if name in RANDOM:
-        return random_network(name)
+        return halve(random_network(name)).float()
     found = files(setting, name)
     try:
         program = torch.export.load(found.pt2)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench import gpu, report
+from bench.gpu import smi
 from bench.gpu.stage import NO_TIME
 from bench.gpu.stages import STAGES, Stage
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None, stages: Sequence[Stage] = STAGES) -> int
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
     if arguments.minutes <= 0:
         parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
-    card = "none (dry run)" if arguments.dry_run else _card()
+    card = "none (dry run)" if arguments.dry_run else smi.card()
     if card is None:
         parser.error("nvidia-smi finds no GPU here; --dry-run rehearses without one")
     stamp = report.stamp("gpu", argv)
@@ -113,6 +114,7 @@ class Schedule:
                     continue
                 limit_s = min(left_s, stage.dry_s if self._dry else stage.limit_s)
                 self._run(stage, limit_s, None if again else before, log)
+            self._save()
             log.line("schedule", "ends")
 
     def _run(self, stage: Stage, limit_s: float, before: dict[str, Any] | None, log: _Log) -> None:
@@ -163,6 +165,8 @@ class Schedule:
         finally:
             _kill(process)
         listening.join(timeout=5)
+        if process.stdout and not listening.is_alive():
+            process.stdout.close()
         gather()
         found["seconds"] = round(time.monotonic() - start_s, 1)
         found["status"], found["why"] = _outcome(process.returncode, in_time, limit_s, found, log)
@@ -185,6 +189,9 @@ class Schedule:
 
     def _keep(self, stage: Stage, found: dict[str, Any]) -> None:
         self.results["stages"][stage.name] = found
+        self._save()
+
+    def _save(self) -> None:
         report.save("gpu", "GPU", self.results, self.markdown(), self._out)
 
     # -- on paper ----------------------------------------------------------------
@@ -204,7 +211,8 @@ class Schedule:
             parts += ["## Targets", report.table(["stage", "what", "measured", "target", "met"], targets)]
         for stage in self._all:
             if stage.name in found:
-                parts += [f"## {stage.name.capitalize()}", *self._section(stage, found[stage.name])]
+                title = "CUDA" if stage.name == "cuda" else stage.name.capitalize()
+                parts += [f"## {title}", *self._section(stage, found[stage.name])]
         return "\n\n".join(parts)
 
     def _section(self, stage: Stage, found: Mapping[str, Any]) -> Iterator[str]:
@@ -271,7 +279,7 @@ class _Log:
         self.last.clear()
         for raw in stream:
             text = raw.decode(errors="replace").rstrip()
-            if text.strip():
+            if text.strip() and not text.startswith("Extension modules:"):  # the end of a crash report
                 self.last.append(text.strip()[:400])
                 self.line(stage, text)
 
@@ -280,15 +288,3 @@ class _Log:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def _card() -> str | None:
-    """Name of the first GPU."""
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.stdout.splitlines()[0].strip() if said.stdout.strip() else None

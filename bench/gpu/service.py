@@ -157,7 +157,7 @@ def _label(context: Context) -> str:
 
 def _serve(context: Context, kind: str, name: str, file: str, load: str, rate: float | None = None) -> None:
     job = {"network": name, "file": file, "load": load, "kind": kind, "rate": rate}
-    context.sweep(_measure, [job], limit_s=120)
+    context.sweep(_measure, [job], limit_s=300 if kind == TORCH else 120)
 
 
 def _measure(setting: Setting, network: str, file: str, load: str, kind: str, rate: float | None) -> Job:

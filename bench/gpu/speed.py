@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from emstream.ring import rows_for
 SIDE, TYPE, PLAN_BATCH = 512, "uint8", 8
 FLOOR_SHARE, UNET128_FPS, LARGE_FPS = 0.6, 1000.0, 25.0
 _DRY_SIDE = 64
-_EAGER, _COMPILED = "torch eager", "torch.compile max-autotune"
+_EAGER, _COMPILED = "torch eager", "torch.compile max-autotune"  # baselines: the network alone
+_TORCH = "emstream torch, {}"  # and PyTorch as an engine
+_MODES = ("eager", "max-autotune")
 
 
 def side(setting: Setting) -> int:
@@ -41,65 +44,65 @@ def engine(context: Context) -> None:
     names = networks.ensure(context, names)
     macs = context.isolated(networks.costs, names, limit_s=60)
     context.fact("macs_per_pixel", macs)
-    if context.dry:
-        context.sweep(measure, [_job(name, OPENVINO, 2) for name in names])
-        context.sweep(measure, [_job(name, _EAGER, 2) for name in names])
     compiled = [kind for kind in engines.working(context) if kind in FLAVOURS]
-    for plan_batch, sizes in () if context.dry else ((PLAN_BATCH, (8, 1, 4, 2)), (16, (16,))):
-        for name in names:
-            for kind in compiled:
-                rows = [(f"{kind}{how}", batch) for how in ("", ", no graphs") for batch in sizes]
-                context.sweep(
-                    measure, [_job(name, how, batch, plan_batch) for how, batch in rows], limit_s=150
-                )
-        if plan_batch == PLAN_BATCH:
-            for name in names[:2]:
-                context.sweep(measure, [_job(name, _EAGER, 8)])
-                context.sweep(measure, [_job(name, _COMPILED, 8)], limit_s=200)
-    if not context.dry:
-        rest = [name for name in names if name != "unet128x6"]
-        for name in rest:
-            context.sweep(measure, [_job(name, _EAGER, batch) for batch in (1, 8, 4, 2, 16)])
-        for batch in (1, 8):
-            for name in rest:
-                context.sweep(measure, [_job(name, _COMPILED, batch)], limit_s=200)
+    for jobs in _dry_jobs(names) if context.dry else _jobs(names, compiled):
+        context.sweep(measure, jobs, limit_s=200)
     _add_shares(context, macs)
     _engine_targets(context, compiled)
 
 
-def _job(name: str, how: str, batch: int, plan_batch: int = PLAN_BATCH) -> Job:
-    return {"network": name, "engine": how, "batch": batch, "plan_batch": max(batch, plan_batch)}
+def _jobs(names: list[str], compiled: list[str]) -> Iterator[list[Job]]:
+    """The most important first; each list is for a process of its own."""
+    for name in names:
+        for kind in compiled:
+            for how in (kind, f"{kind}, no graphs"):
+                yield [_job(name, how, batch) for batch in (8, 1, 4, 2)]
+    for how in (_EAGER, _COMPILED, *(_TORCH.format(mode) for mode in _MODES)):
+        for name in names[:2]:
+            yield [_job(name, how, 8)]
+    for name in names:
+        for kind in compiled:
+            yield [_job(name, how, 16) for how in (kind, f"{kind}, no graphs")]
+    for how in (_EAGER, _TORCH.format("eager"), _COMPILED, _TORCH.format("max-autotune")):
+        for name in names:
+            sizes = (1, 8, 4, 2, 16) if "eager" in how else (1, 8)
+            yield [_job(name, how, batch) for batch in sizes]
 
 
-def measure(setting: Setting, network: str, engine: str, batch: int, plan_batch: int) -> Job:
-    """The network alone, then the engine around it."""
+def _dry_jobs(names: list[str]) -> Iterator[list[Job]]:
+    for name in names:
+        yield [_job(name, OPENVINO, 2)]
+        yield [_job(name, how, 2) for how in (_EAGER, _TORCH.format("eager"))]
+
+
+def _job(name: str, how: str, batch: int) -> Job:
+    return {"network": name, "engine": how, "batch": batch}
+
+
+def measure(setting: Setting, network: str, engine: str, batch: int) -> Job:
+    """The network alone, the engine around it, or both."""
     length = side(setting)
+    counts = networks.poisson(16, length, length)
+    frames = Frames(length, length, TYPE, batch)
     if engine in (_EAGER, _COMPILED):
-        mode = "eager" if engine == _EAGER else "max-autotune"
-        frames = Frames(length, length, TYPE, batch)
+        mode = _MODES[engine == _COMPILED]
         start_s = time.monotonic()
         compute_ms = engines.compute_torch_ms(setting, network, frames, batch, mode)
-        print(f"{network}, {engine}, batch {batch}: {compute_ms / batch:.4f} ms/frame alone")
-        compile_s = time.monotonic() - start_s
-        made, ready_s = engines.opened(setting, TORCH, network, frames, mode=mode)
-        ready_s = round((ready_s or 0) + compile_s, 2)
+        return {"compute_ms": _short(compute_ms / batch), "ready_s": round(time.monotonic() - start_s, 2)}
+    found: Job = {}
+    if engine.startswith("emstream torch"):
+        made, ready_s = engines.opened(setting, TORCH, network, frames, mode=engine.partition(", ")[2])
     else:
         kind, graphs = engine.partition(",")[0], "no graphs" not in engine
-        frames = Frames(length, length, TYPE, plan_batch)
+        frames = Frames(length, length, TYPE, max(batch, PLAN_BATCH))
         made, ready_s = engines.opened(setting, kind, network, frames, graphs=graphs)
-        compute_ms = None
-        if kind != OPENVINO:
+        if kind in FLAVOURS:
             compute_ms = engines.compute_tensorrt_ms(setting, kind, network, frames, batch, graphs)
-    full = engines.batches(
-        made, networks.poisson(16, length, length), batch, made.depth_for((length, length))
+            found["compute_ms"] = _short(compute_ms / batch)
+    rate = engines.saturated(
+        setting, made, engines.batches(made, counts, batch, made.depth_for((length, length)))
     )
-    rate = engines.saturated(setting, made, full)
-    return {
-        "compute_ms": None if compute_ms is None else _short(compute_ms / batch),
-        "engine_ms": _short(1000 / rate),
-        "frames_per_s": round(rate, 1),
-        "ready_s": ready_s,
-    }
+    return {**found, "engine_ms": _short(1000 / rate), "frames_per_s": round(rate, 1), "ready_s": ready_s}
 
 
 def _add_shares(context: Context, macs: dict[str, int]) -> None:
@@ -113,13 +116,13 @@ def _add_shares(context: Context, macs: dict[str, int]) -> None:
         shares = {
             f"{what}_share": round(floor_ms / row[f"{what}_ms"], 3)
             for what in ("compute", "engine")
-            if row[f"{what}_ms"]
+            if f"{what}_ms" in row
         }
         context.row(**{**row, **shares})
     listed = ", ".join(f"{name} {ms:.4f} ms ({macs[name]:,} MAC/pixel)" for name, ms in floors.items())
     context.note(
-        f"Measured in this run: matrix product {facts['matmul_tflops']:.4g} TFLOP/s, copy "
-        f"{facts['copy_tb_per_s']:.3g} TB/s (read and written). Floors per frame: {listed}."
+        f"Measured on this GPU: matrix product {facts['matmul_tflops']:.4g} TFLOP/s, copy "
+        f"{facts['copy_tb_per_s']:.3g} TB/s (read and written), {facts['clocks']}. Floors per frame: {listed}."
     )
 
 
@@ -133,21 +136,23 @@ def _engine_targets(context: Context, compiled: list[str]) -> None:
         ]
         return min(values, default=None)
 
-    ours = compiled or [_EAGER, _COMPILED]  # where no TensorRT works, emstream's engine is PyTorch's
-    label = " or ".join(ours)
-    for key, what in {"compute_ms": "compute", "engine_ms": "submit to collect"}.items():
+    torch_engines = [_TORCH.format(mode) for mode in _MODES]
+    ours = compiled or torch_engines  # where no TensorRT works, emstream's engine is PyTorch's
+    spans = {"compute_ms": "compute", "engine_ms": "submit to collect"}
+    for key, what in spans.items():
         ms = best("unet128", ours, key)
         floor_ms = context.facts.get("floor_ms", {}).get("unet128")
         share = floor_ms / ms if ms and floor_ms else None
         context.target(
-            f"UNet-128, floor / {what}, {label}",
+            f"UNet-128, floor / {what}, {' or '.join(ours)}",
             None if share is None else f"{share:.2f}, {1000 / (ms or 1):,.0f} frames/s",
             f"at least {FLOOR_SHARE}, over {UNET128_FPS:,.0f} frames/s on an H200",
             None if share is None else share >= FLOOR_SHARE,
         )
     for name in ("unet32", "unet128"):
-        for key, what in {"compute_ms": "compute", "engine_ms": "submit to collect"}.items():
-            mine, theirs = best(name, compiled, key), best(name, [_COMPILED], key)
+        for key, what in spans.items():
+            theirs = best(name, [_COMPILED] if key == "compute_ms" else torch_engines, key)
+            mine = best(name, compiled, key)
             ratio = theirs / mine if mine and theirs else None
             context.target(
                 f"{name}, {what}: torch.compile / {' or '.join(compiled) or 'TensorRT'}",

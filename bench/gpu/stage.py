@@ -24,7 +24,7 @@ from typing import Any
 from bench import rig
 
 NO_TIME = "no time left"
-_PATIENCE = 3  # failures in a row after which the rest of a sweep is given up
+_PATIENCE = 3  # failures in a row after which the rest of a sweep is given up; a hang is as bad as all
 _KEPT_TEXT = 400  # characters of a reason
 Job = dict[str, Any]
 
@@ -127,9 +127,9 @@ class Context:
         failures = 0
         while waiting:
             if self.left_s <= 0:
-                return self._give_up(waiting, NO_TIME)
+                return self.skip(waiting, NO_TIME)
             if failures >= _PATIENCE:
-                return self._give_up(waiting, f"given up after {_PATIENCE} failures in a row")
+                return self.skip(waiting, "given up")
             with rig.Children() as children:
                 child = children.start(_in_turn, work, self.setting, waiting)
                 while waiting and self.left_s > 0:
@@ -139,6 +139,8 @@ class Context:
                         values, why, failed = {}, last_line(str(error)), True
                         if self.left_s <= 0:
                             break
+                        if "said nothing" in why:  # what hangs once would hang again
+                            failures = _PATIENCE
                     job = waiting.pop(0)
                     keys = {name: job[name] for name in self._keys if name in job}
                     self.row(**keys, **values, **({} if why is None else {"why": why}))
@@ -147,7 +149,8 @@ class Context:
                         break
         return None
 
-    def _give_up(self, jobs: Sequence[Job], why: str) -> None:
+    def skip(self, jobs: Sequence[Job], why: str) -> None:
+        """Rows that are not measured."""
         for job in jobs:
             self.row(**{name: job[name] for name in self._keys if name in job}, why=why)
 
@@ -178,16 +181,30 @@ def last_line(text: str) -> str:
 
 def _once(pipe: Connection, work: Callable[..., Any], setting: Setting, *arguments: Any) -> None:
     _log_to_stderr()
-    pipe.send(_attempt(work, setting, *arguments)[:2])
+    answer = _attempt(work, setting, *arguments)
+    _close_engine()
+    pipe.send(answer[:2])
 
 
 def _in_turn(pipe: Connection, work: Callable[..., Job], setting: Setting, jobs: Sequence[Job]) -> None:
     _log_to_stderr()
-    for job in jobs:
+    for left, job in zip(reversed(range(len(jobs))), jobs, strict=True):
         answer = _attempt(work, setting, **job)
+        failed = answer[2]
+        if failed or not left:
+            _close_engine()  # whoever reads the last answer ends this process
         pipe.send(answer)
-        if answer[2]:
+        if failed:
             return
+
+
+def _close_engine() -> None:
+    """TensorRT keeps its kernels then, and is not torn down by the interpreter's end."""
+    if (engines := sys.modules.get("bench.gpu.engines")) is not None:
+        try:
+            engines.close()
+        except Exception:  # after a CUDA error nothing works any more
+            traceback.print_exc()
 
 
 def _attempt(work: Callable[..., Any], *arguments: Any, **job: Any) -> tuple[Any, str | None, bool]:

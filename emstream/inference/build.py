@@ -157,7 +157,8 @@ def _compile(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model.SerializeToString()):
-        reasons = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
+        errors = [parser.get_error(n) for n in range(parser.num_errors)]
+        reasons = "; ".join(f"{each.node_operator()} {each.node_name()}: {each.desc()}" for each in errors)
         raise EngineInvalid(f"{flavour.name} cannot read the network: {reasons}")
     config = builder.create_builder_config()
     shapes = builder.create_optimization_profile()

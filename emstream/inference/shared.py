@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from emstream.errors import CudaError, EngineError
 from emstream.inference.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,15 @@ class SharedEngine(Engine):
             self._resting = [max(0, n - 1) for n in self._resting]
         try:
             return _Ticket(place, self._engines[place].submit(counts, expected))
-        except BaseException:
-            self._settle(place, failed=True)
+        except BaseException as error:
+            self._settle(place, error)
             raise
 
     def collect(self, ticket: _Ticket) -> np.ndarray:
         try:
             done = self._engines[ticket.place].collect(ticket.ticket)
-        except BaseException:
-            self._settle(ticket.place, failed=True)
+        except BaseException as error:
+            self._settle(ticket.place, error)
             raise
         self._settle(ticket.place)
         return done
@@ -89,13 +90,15 @@ class SharedEngine(Engine):
         awake = [place for place, rest in enumerate(self._resting) if not rest and load[place] < 1]
         return min(awake or range(len(load)), key=load.__getitem__)
 
-    def _settle(self, place: int, failed: bool = False) -> None:
+    def _settle(self, place: int, error: BaseException | None = None) -> None:
         with self._lock:
             self._under_way[place] -= 1
-            if failed and len(self._engines) > 1:
-                self._resting[place] = _REST
-                log.warning(
-                    "%s failed: the others get its share of the next %d batches",
-                    self._engines[place].device,
-                    _REST,
-                )
+            if error is None or len(self._engines) == 1 or _is_the_batchs_fault(error):
+                return
+            self._resting[place] = _REST
+        device = self._engines[place].device
+        log.warning("%s failed: the others get its share of the next %d batches", device, _REST)
+
+
+def _is_the_batchs_fault(error: BaseException) -> bool:
+    return isinstance(error, (EngineError, ValueError)) and not isinstance(error, CudaError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,9 @@ def test_bias_free_networks_scale_with_their_input_and_biased_ones_do_not(
 
 
 @every_network
-def test_bias_free_networks_have_no_additive_constant_of_any_kind(name: str, arguments: dict[str, Any]) -> None:
+def test_bias_free_networks_have_no_additive_constant_of_any_kind(
+    name: str, arguments: dict[str, Any]
+) -> None:
     network = small(name, arguments)
     with torch.no_grad():
         of_nothing = network(torch.zeros(1, 1, 32, 32))
@@ -164,9 +165,13 @@ def test_exported_engines_compute_what_the_network_does(
     counts = np.random.default_rng(0).poisson(0.45, (96, 160)).astype(np.uint8)
     with torch.no_grad():
         truth = network(torch.from_numpy(counts)[None, None].float())[0, 0].numpy()
-    for engine in (load_engine(tmp_path / "small.onnx", precision="f32"), load_engine(tmp_path / "small.pt2")):
+    for engine in (
+        load_engine(tmp_path / "small.onnx", precision="f32"),
+        load_engine(tmp_path / "small.pt2"),
+    ):
         assert engine.card == card
-        np.testing.assert_allclose(engine.denoise(counts), truth, rtol=1e-3, atol=2e-3 * np.abs(truth).max())
+        # Weights are rounded to half precision, to within 1e-3 each.
+        assert np.linalg.norm(engine.denoise(counts) - truth) < 5e-3 * np.linalg.norm(truth)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,432 @@
+"""One training run, in small, and every mistake that its recipe can hold."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the laboratory needs: pip install 'emstream[train]'")
+pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream[train]'")
+
+from tests.train.discs import Discs
+from train import fit, photographs
+from train.log import COLUMNS, Log
+from train.losses import LOSSES
+from train.models import parameters
+from train.recipe import Recipe, RecipeError, load, save
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "train/recipes").glob("*.toml"))
+ROWS = {
+    "dncnn": 668_225, "durr": 233_440, "unet32": 352_000, "unet64": 1_404_416, "unet128": 5_610_496,
+    "unet128-six": 70_504_960, "wide64": 1_406_336, "photographs-two": 102_336, "photographs-four": 352_000,
+    "photographs-six": 4_410_496,
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "network": "UNet", "base": 4, "scales": 2, "train": "discs", "validate": "discs", "steps": 4, "batch": 2,
+    "crop_px": 32, "learning_rate": 1e-3, "compile": False,
+}  # fmt: skip
+PHOTOGRAPHS: dict[str, Any] = {
+    "task": "photographs",
+    "noise_sigma": [0, 100],
+    "train": None,
+    "validate": None,
+}
+
+
+def tiny(**change: Any) -> Recipe:
+    return Recipe(**{**TINY, **change})
+
+
+@pytest.fixture(autouse=True)
+def discs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "Images", Discs)
+    monkeypatch.setattr(fit, "CALIBRATION_BATCHES", 3)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def write(path: Path, **values: Any) -> Path:
+    path.write_text(
+        "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items() if value is not None)
+    )
+    return path
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_row_of_the_tables(path: Path) -> None:
+    row, _, machine = path.stem.rpartition("-")
+    recipe = Recipe.read(path)
+    assert parameters(recipe.outline()) == ROWS[row]
+    assert machine in ("cpu", "gpu")
+    assert (recipe.task == "photographs") == row.startswith("photographs")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_has_a_recipe_for_a_gpu_and_one_for_a_cpu(row: str) -> None:
+    assert {path.stem for path in RECIPES} >= {f"{row}-gpu", f"{row}-cpu"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 3}, "unknown key colour; known: network, base"),
+        ({"batch": None}, "missing key batch"),
+        ({"train": None}, "missing key train"),
+        ({"hours": 1.0}, r"give either hours or steps, got hours 1\.0 and steps 4"),
+        ({"steps": None}, "give either hours or steps"),
+        ({"steps": None, "hours": 0}, "hours must be positive, got 0"),
+        ({"batch": "4"}, "batch must be int, got '4'"),
+        ({"batch": True}, "batch must be int, got True"),
+        ({"learning_rate": -1.0}, r"learning_rate must be positive, got -1\.0"),
+        ({"loss": "mae"}, "loss must be one of mse, poisson, anscombe, got 'mae'"),
+        ({"network": "VNet"}, "no network 'VNet'; there are UNet, DnCNN, DURR"),
+        ({"network": "DnCNN"}, "DnCNN has no scales"),
+        ({"crop_px": 34}, "crop_px must be a multiple of 4, got 34"),
+        ({"noise_sigma": [0, 100]}, "noise_sigma is for photographs"),
+        (
+            {**PHOTOGRAPHS, "noise_sigma": None},
+            r"photographs need noise_sigma = \[lowest, highest\], got None",
+        ),
+        ({**PHOTOGRAPHS, "noise_sigma": [50, 20]}, "photographs need noise_sigma"),
+        ({**PHOTOGRAPHS, "noise_sigma": ["a", "b"]}, "photographs need noise_sigma"),
+        ({**PHOTOGRAPHS, "loss": "poisson"}, "photographs have no doses"),
+        ({"distill_weight": 2.0}, r"distill_weight must be at most 1, got 2\.0"),
+    ],
+)
+def test_bad_recipe_is_explained(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "bad.toml", **{**TINY, **change})
+    with pytest.raises(RecipeError, match=message) as caught:
+        Recipe.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_recipe_that_is_not_toml_or_not_there_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("= 1")
+    with pytest.raises(RecipeError, match=r"bad\.toml: Invalid"):
+        Recipe.read(tmp_path / "bad.toml")
+    with pytest.raises(RecipeError, match="No such file"):
+        Recipe.read(tmp_path / "none.toml")
+
+
+def test_recipes_of_earlier_checkpoints_are_read() -> None:
+    earlier = {
+        "network": "UNet", "base": 64, "scales": 4, "unshuffle": 2, "train": "data/train", "validate": "data/val",
+        "hours": 1.9, "batch": 4, "crop_px": 320, "learning_rate": 5e-4, "seed": 1,
+    }  # fmt: skip
+    assert parameters(Recipe(**earlier).outline()) == ROWS["wide64"]
+    assert Recipe(**earlier) == Recipe.read(ROOT / "train/recipes/wide64-cpu.toml")
+
+
+def test_command_explains_a_bad_recipe_without_a_traceback(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.toml", **TINY, colour=3)
+    command = [sys.executable, "-W", "ignore", "-m", "train.fit", str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 2
+    assert "unknown key colour" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# -- training
+
+
+def test_training_learns_and_logs(tmp_path: Path) -> None:
+    recipe = tiny(base=8, steps=80, learning_rate=1e-2)
+    fit.fit(recipe, tmp_path)
+    read, network, state = load(tmp_path / "best.pt")
+    (row,) = rows(tmp_path)
+    assert (read, state["step"], row["step"]) == (recipe, 80, "80")
+    assert tuple(row) == COLUMNS
+    assert float(row["validation_psnr_db"]) == state["validation_psnr_db"]
+    noisy = torch.cat([fit.psnr(*pair) for pair in fit.held_out(recipe)]).mean()
+    assert state["validation_psnr_db"] > noisy + 10
+    assert network.bias_free
+
+
+@pytest.mark.parametrize("network", ["UNet", "DnCNN", "DURR"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_network_trains(tmp_path: Path, network: str, bias: bool) -> None:
+    scales = 2 if network == "UNet" else None
+    recipe = tiny(network=network, scales=scales, bias=bias, doses="paper" if bias else "range")
+    trained = fit.fit(recipe, tmp_path)
+    torch.manual_seed(recipe.seed)
+    fresh = recipe.build()
+    moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters(), strict=True)]
+    learning = [parameter.requires_grad for parameter in trained.parameters()]
+    assert moved == learning
+
+
+def norms(network: torch.nn.Module) -> list[torch.nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+def test_bias_free_norms_are_set_from_data_and_then_stay(tmp_path: Path) -> None:
+    short, long = (fit.fit(tiny(steps=steps), tmp_path / str(steps)) for steps in (1, 3))
+    for a, b in zip(norms(short), norms(long), strict=True):
+        assert not torch.equal(a.running_var, torch.ones_like(a.running_var))
+        assert torch.equal(a.running_var, b.running_var)
+
+
+def test_norms_of_biased_networks_follow_the_batches(tmp_path: Path) -> None:
+    short, long = (
+        fit.fit(tiny(steps=steps, bias=True, doses="paper"), tmp_path / str(steps)) for steps in (1, 3)
+    )
+    for a, b in zip(norms(short), norms(long), strict=True):
+        assert not torch.equal(a.running_mean, b.running_mean)
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a step."""
+    calls = iter(range(step))
+
+    def interrupted(*tensors: torch.Tensor) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return LOSSES["mse"](*tensors)
+
+    monkeypatch.setattr(fit, "LOSSES", {"mse": interrupted})
+
+
+def test_stopped_training_goes_on_exactly_where_its_checkpoint_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(steps=6)
+    whole = fit.fit(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "CHECKPOINT_S", -1)  # a checkpoint after every step
+        stop_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(recipe, tmp_path / "stopped")
+    assert load(tmp_path / "stopped/checkpoint.pt")[2]["step"] == 3
+    assert same(fit.fit(recipe, tmp_path / "stopped"), whole)
+    assert load(tmp_path / "stopped/best.pt")[2]["step"] == 6
+
+
+def test_a_minute_is_the_most_that_a_kill_costs() -> None:
+    assert fit.CHECKPOINT_S < 60
+
+
+def test_finished_training_goes_on_with_more_steps(tmp_path: Path) -> None:
+    fit.fit(tiny(steps=2), tmp_path)
+    fit.fit(tiny(steps=5), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "5"]
+    assert load(tmp_path / "checkpoint.pt")[2]["step"] == 5
+
+
+def test_worse_network_does_not_replace_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit.fit(tiny(steps=2), tmp_path)
+    before = (tmp_path / "best.pt").read_bytes()
+    monkeypatch.setattr(fit, "validation_psnr", lambda *_: -100.0)
+    fit.fit(tiny(steps=3), tmp_path)
+    assert (tmp_path / "best.pt").read_bytes() == before
+
+
+def test_training_by_the_clock_ends(tmp_path: Path) -> None:
+    fit.fit(tiny(steps=None, hours=1e-4), tmp_path)
+    assert load(tmp_path / "checkpoint.pt")[2]["spent_s"] >= 0.36
+
+
+@pytest.mark.parametrize(
+    "change", [{"base": 8}, {"scales": 3}, {"bias": True}, {"unshuffle": 2}, PHOTOGRAPHS]
+)
+def test_checkpoint_of_another_network_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    recipe = tiny()
+    save(tmp_path / "checkpoint.pt", recipe, network=recipe.build().state_dict(), step=1)
+    with pytest.raises(
+        RecipeError, match=r"UNet, 4 base channels, 2 scales, bias-free\); choose another OUTDIR"
+    ):
+        fit.fit(tiny(**change), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", None])
+def test_file_that_is_no_checkpoint_is_explained(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"weights": 3}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"checkpoint\.pt is no checkpoint of train\.fit"):
+        load(path)
+
+
+def test_log_forgets_what_a_kill_has_undone(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0)
+    log.write(100, 10, "1e-3", "0.5", None)
+    log.write(200, 20, "1e-3", "0.4", 30.0)
+    log.close()
+    Log(tmp_path, 100).close()
+    assert [row["step"] for row in rows(tmp_path)] == ["100"]
+
+
+# -- several processes
+
+
+def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.toml", **TINY)
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.train.discs import Discs\n"
+        "from train import fit\n"
+        "fit.Images, fit.CALIBRATION_BATCHES = Discs, 3\n"
+        "network = fit.fit(fit.Recipe.read(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "torch.save(network.state_dict(), f'{sys.argv[2]}/{os.environ[\"RANK\"]}.pt')\n"
+    )
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        *torchrun,
+        str(script),
+        str(recipe),
+        str(tmp_path / "out"),
+    ]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"out/{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    alone = fit.fit(tiny(), tmp_path / "alone").state_dict()
+    assert not torch.equal(first["stem.0.weight"], alone["stem.0.weight"])
+    assert load(tmp_path / "out/checkpoint.pt")[2]["step"] == TINY["steps"]
+
+
+# -- losses and teachers
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_vanish_at_the_truth_and_agree_near_it(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = 0.8 + 0.4 * torch.rand(2, 1, 32, 32, generator=generator, dtype=torch.float64)
+    near = truth + 0.01 * torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+    doses = torch.full((2, 1, 1, 1), 0.45, dtype=torch.float64)
+    assert LOSSES[name](truth, truth, doses).item() == pytest.approx(0, abs=1e-12)
+    assert 0.3 < LOSSES[name](near, truth, doses).item() / 1e-4 < 1.5
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_pull_negative_estimates_up(name: str) -> None:
+    estimate = torch.full((1, 1, 4, 4), -2.0, requires_grad=True)
+    LOSSES[name](estimate, torch.zeros(1, 1, 4, 4) + 0.5, torch.ones(1, 1, 1, 1)).backward()
+    assert (estimate.grad < 0).all()
+    assert estimate.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains(tmp_path: Path, name: str) -> None:
+    fit.fit(tiny(loss=name), tmp_path)
+    assert float(rows(tmp_path)[0]["loss"]) > 0
+
+
+def test_student_follows_its_teacher(tmp_path: Path) -> None:
+    fit.fit(tiny(base=8, steps=2), tmp_path / "teacher")
+    taught = tiny(distill_from=str(tmp_path / "teacher/best.pt"))
+    student = fit.fit(taught, tmp_path / "student")
+    alone = fit.fit(tiny(), tmp_path / "alone")
+    assert not same(student, alone)
+    assert same(fit.fit(replace(taught, distill_weight=1e-30), tmp_path / "hardly"), alone)
+
+
+def test_biased_teacher_sees_raw_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit.fit(tiny(bias=True, steps=1), tmp_path / "teacher")
+    seen = []
+    forward = fit.predict
+    monkeypatch.setattr(fit, "predict", lambda *a: seen.append((a[0].training, a[3])) or forward(*a))
+    fit.fit(tiny(distill_from=str(tmp_path / "teacher/best.pt"), steps=1), tmp_path / "student")
+    assert seen[-2:] == [(True, True), (False, False)]
+
+
+def test_teacher_of_another_task_is_refused(tmp_path: Path) -> None:
+    recipe = tiny(**PHOTOGRAPHS)
+    save(tmp_path / "best.pt", recipe, network=recipe.build().state_dict())
+    with pytest.raises(RecipeError, match="cannot teach here: it is for photographs"):
+        fit.fit(tiny(distill_from=str(tmp_path / "best.pt")), tmp_path / "out")
+    with pytest.raises(RecipeError, match="No such file"):
+        fit.fit(tiny(distill_from=str(tmp_path / "none.pt")), tmp_path / "out")
+
+
+# -- photographs
+
+
+def test_no_photograph_is_on_two_sides() -> None:
+    sides = [photographs.TRAINING, photographs.VALIDATION, photographs.TEST]
+    names = [name for side in sides for name in side]
+    assert len(names) == len(set(names))
+    stems = [Path(name).stem for name in names]
+    assert len(stems) == len(set(stems)), "PyWavelets and scikit-image ship some of the same pictures"
+
+
+@pytest.fixture
+def packages() -> None:
+    for module in ("skimage", "sklearn", "pywt", "matplotlib"):
+        pytest.importorskip(module)
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", photographs.TRAINING + photographs.VALIDATION + photographs.TEST)
+def test_photographs_are_grey_levels(name: str) -> None:
+    image = photographs.read(name)
+    assert min(image.shape) >= 300
+    assert 0 <= image.min() < 70
+    assert 150 < image.max() <= 255
+
+
+@pytest.mark.usefixtures("packages")
+def test_crops_of_photographs_differ_and_repeat_with_the_generator() -> None:
+    images = photographs.Photographs(photographs.TRAINING[:2])
+    first, again = (images.random_views(3, 64, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first.shape == (3, 1, 64, 64)
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], first[1])
+    with pytest.raises(ValueError, match="no photograph has 600 x 600 pixels"):
+        images.random_views(1, 600, torch.Generator())
+
+
+@pytest.mark.usefixtures("packages")
+def test_photographs_train_and_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(photographs, "TRAINING", photographs.TRAINING[:1])
+    monkeypatch.setattr(photographs, "VALIDATION", photographs.VALIDATION[:1])
+    monkeypatch.setattr(photographs, "TEST", ("scikit-image/chelsea.png",))
+    fit.fit(tiny(**PHOTOGRAPHS, steps=3), tmp_path)
+    assert float(rows(tmp_path)[0]["validation_psnr_db"]) > 0
+    monkeypatch.setattr(sys, "argv", ["photographs", str(tmp_path / "best.pt")])
+    photographs.main()
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["noisy"]["30"]["psnr_db"] == pytest.approx(18.6, abs=0.1)
+    assert scores["noisy"]["70"]["psnr_db"] < scores["noisy"]["30"]["psnr_db"]
+    assert set(scores["network"]["70"]) == {"psnr_db", "psnr_sd", "ssim", "ssim_sd", "images"}
+
+
+# -- a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_training_runs_on_the_gpu(tmp_path: Path) -> None:
+    trained = fit.fit(tiny(steps=3), tmp_path)
+    assert all(parameter.is_cuda for parameter in trained.parameters())
