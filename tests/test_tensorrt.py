@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -38,8 +39,9 @@ SHAPE = PROFILE.shape
 
 
 def network(frames: np.ndarray) -> np.ndarray:
-    """(B, H, W) float32 -> the same; each pixel depends on all that follow it in its frame."""
-    return frames + np.flip(np.cumsum(np.flip(frames, (1, 2)), axis=2), (1, 2)) / np.float32(8)
+    """(B, H, W) float32 -> the same; each pixel depends on all that follow it in its row, and on where they are."""
+    weighted = frames * (1 + np.arange(frames[0].size, dtype=np.float32).reshape(frames[0].shape) % 7)
+    return frames + np.flip(np.cumsum(np.flip(weighted, 2), axis=2), 2) / np.float32(8)
 
 
 def noise(number: int, shape: tuple[int, ...] = (1, *SHAPE), kind: str = "uint16") -> np.ndarray:
@@ -387,9 +389,8 @@ def test_smaller_frames_are_padded_with_their_mirror_image_and_cropped(
     b = bench()
 
     def padded(frames: np.ndarray) -> np.ndarray:
-        while frames.shape[1:] != SHAPE:
-            more = [(0, min(have, want - have)) for want, have in zip(SHAPE, frames.shape[1:], strict=True)]
-            frames = np.pad(frames, ((0, 0), *more), mode="symmetric")
+        more = [(0, want - have) for want, have in zip(SHAPE, frames.shape[1:], strict=True)]
+        frames = np.pad(frames, ((0, 0), *more), mode="symmetric")
         return network(frames)[:, : shape[0], : shape[1]]
 
     right(b.engine, [noise(n, (n % 4 + 1, *shape), kind) for n in range(8)], padded)
@@ -975,6 +976,19 @@ def test_a_batch_that_is_refused_says_nothing_about_the_engine() -> None:
         assert engine.depth_for(SHAPE) == engine.depth
     right(engine, [noise(n) for n in range(12)])
     engine.close()
+
+
+def test_no_engine_gets_more_batches_than_it_takes_while_another_rests() -> None:
+    parts = [Part(depth=2), Part(depth=2)]
+    engine = SharedEngine(parts)
+    counts, expected = np.zeros((1, 2, 2), np.uint16), np.zeros((1, 2, 2), np.float32)
+    tickets = deque(engine.submit(counts, expected) for _ in range(4))
+    parts[0].fails = "collect"
+    for _ in range(6):
+        assert len(tickets) == engine.depth
+        with pytest.raises(CudaError) if tickets[0].place == 0 else nullcontext():
+            engine.collect(tickets.popleft())
+        tickets.append(engine.submit(counts, expected))
 
 
 def test_engines_that_all_fail_are_all_tried() -> None:

@@ -39,10 +39,9 @@ from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
 
 from train.dataset import Images
-from train.metrics import psnr_db
+from train.metrics import VIEW_PX, psnr_db
 from train.noise import PAPER_DOSE, expose
 
-VIEW_PX = 512
 TUNING_SEED = 23
 Denoiser = Callable[[np.ndarray], np.ndarray]
 
@@ -311,13 +310,13 @@ BASELINES = {
         Baseline(
             name="nlm", label="NLM", library="scikit-image", function=nlm,
             grid={
-                "bin_px": (4, 6, 8), "patch_px": (24, 40, 56, 72), "reach_px": (40, 80, 120, 160),
-                "strength": (0.3, 0.4, 0.5, 0.6, 0.8),
+                "bin_px": (4, 6, 8), "patch_px": (24, 40, 56, 72), "reach_px": (80, 120),
+                "strength": (0.3, 0.4, 0.5, 0.6),
             },
         ),
         Baseline(
             name="pure_let", label="PURE-LET", library="NumPy", function=pure_let,
-            grid={"levels": (4, 5, 6, 7)},
+            grid={"levels": (5, 6, 7, 8)},
         ),
     )
 }  # fmt: skip

@@ -33,11 +33,10 @@ from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
 from train.dataset import Images
-from train.metrics import Spread, psnr_ssim
+from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface
 
-VIEW_PX = 512
 NOISE_SEED = 11
 SPEED_TURNS = 7
 Denoiser = Callable[[np.ndarray], np.ndarray]

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from train import networks, plots
 from train.dataset import Images
-from train.evaluate import VIEW_PX
+from train.metrics import VIEW_PX
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface, TrueColumns, columns_are_bright, detect
 

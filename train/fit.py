@@ -260,6 +260,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
     if log is not None:
         log.close()
     if processes > 1:
+        dist.barrier()  # the first is still validating
         dist.destroy_process_group()
     return network
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+VIEW_PX = 512  # side of what is scored, the central view of an image
+
 
 @dataclass(frozen=True)
 class Spread:

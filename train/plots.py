@@ -15,9 +15,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from train.metrics import Spread
 
-# Okabe and Ito, "Color Universal Design" (2008)
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-MARKERS = "osD^vP*X"
+# Okabe and Ito, "Color Universal Design" (2008), and three more
+COLOURS = (
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#882255", "#666633",
+)  # fmt: skip
+MARKERS = "osD^vP*X<>"
 PIXEL_PM = 6.2
 
 

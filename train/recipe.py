@@ -78,7 +78,11 @@ class Recipe:
             raise RecipeError(f"distill_weight must be at most 1, got {self.distill_weight}")
         if self.task == "photographs":
             sigmas = self.noise_sigma or []
-            if len(sigmas) != 2 or not {type(s) for s in sigmas} <= {int, float} or not 0 <= sigmas[0] < sigmas[1]:
+            if (
+                len(sigmas) != 2
+                or not {type(s) for s in sigmas} <= {int, float}
+                or not 0 <= sigmas[0] < sigmas[1]
+            ):
                 raise RecipeError(f"photographs need noise_sigma = [lowest, highest], got {self.noise_sigma}")
             if (self.loss, self.doses, self.train, self.validate) != ("mse", "range", None, None):
                 raise RecipeError("photographs have no doses, no train or validate, and the loss mse")

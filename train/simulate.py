@@ -16,9 +16,8 @@ of this microscope columns are dark at underfocus and mostly bright beyond 10 nm
 all three contrast classes of the paper come with ``--defocus -20 0``.
 
 The workers of a cluster of your own need this project, too: start them in its folder,
-with ``DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON__MALLOC_TRIM_THRESHOLD_=1000000000 dask
-worker tcp://HOST:8786 --nthreads 1`` (see `KEEP_MEMORY`); on GPUs ``dask cuda worker``, from
-dask-cuda, starts one for each.
+``dask worker tcp://HOST:8786 --nthreads 1 --no-nanny`` (a nanny makes them three times slower,
+see `WORKER_ENVIRONMENT`), or on GPUs, one worker for each, ``dask cuda worker`` of dask-cuda.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 from distributed import Client, LocalCluster, as_completed
 from tqdm import tqdm
@@ -52,9 +52,9 @@ IMAGES_PER_SHARD = 64  # so that little is lost when a run is killed
 AHEAD = 2  # tasks handed out for each worker: one to do, one to do next
 PREVIEW_SPECIMENS = 12
 WORKERS_TIMEOUT_S = 60
-# dask has its workers hand freed memory back to the system at once. Every image then faults all
-# of its pages in again, 60,000 of them, and takes 3.7 times as long.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+# Without dask's MALLOC_TRIM_THRESHOLD_, with which freed memory goes back to the system at once:
+# every image would then fault its pages in again, all 60,000, and take three times as long.
+WORKER_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 log = logging.getLogger("train.simulate")
 
 
@@ -184,9 +184,10 @@ def cluster(scheduler: str | None, workers: int) -> Iterator[Client]:
     """A client of the dask cluster at `scheduler`, or of one on this machine, one thread for each process."""
     if scheduler is None:
         with (
+            dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}),
             LocalCluster(
                 n_workers=workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1",
-                memory_limit=None, silence_logs=logging.ERROR, env=KEEP_MEMORY,
+                memory_limit=None, silence_logs=logging.CRITICAL,
             ) as local,
             Client(local) as client,
         ):  # fmt: skip

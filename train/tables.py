@@ -34,7 +34,6 @@ from train.dataset import Images
 from train.evaluate import (
     NOISE_SEED,
     TITLES,
-    VIEW_PX,
     Denoiser,
     group_of,
     grouped,
@@ -42,7 +41,7 @@ from train.evaluate import (
     summary,
     write_csv,
 )
-from train.metrics import Spread
+from train.metrics import VIEW_PX, Spread
 from train.networks import Trained
 from train.noise import PAPER_DOSE
 

@@ -20,6 +20,7 @@ import numpy as np
 from bench.gpu.stage import Context, NotMeasured, Setting, last_line
 from emstream.errors import EmstreamError
 from emstream.inference import EngineCard, default_engine
+from emstream.inference.engine import sha256_of
 
 DOSE = 0.45  # electrons/pixel
 _SAME = 1e-6  # both results are rounded to float32 in the end
@@ -65,7 +66,7 @@ def ensure(context: Context, names: Sequence[str], references: Sequence[Referenc
     reasons: dict[str, str] = {}
     if missing or unknown:
         try:
-            reasons = context.isolated(make, missing, unknown, limit_s=150)
+            reasons = context.isolated(make, missing, unknown, limit_s=120)
         except (NotMeasured, RuntimeError) as error:
             context.note(f"Making networks and references: {error}")
     for what, reason in reasons.items():
@@ -109,11 +110,11 @@ def _make_files(setting: Setting, name: str) -> str | None:
     if name in SHIPPED and not files(setting, name).onnx.exists():
         return f"there is no engines/{name}.onnx"
     torch = _torch()
-    from train.export import write_onnx, write_pt2
-
     pt2 = setting.models / f"{name}.pt2"
     said = None
     if name in RANDOM:
+        from train.export import write_onnx, write_pt2
+
         network, card = random_network(name), _card(name)
         write_onnx(network, setting.models / f"{name}.onnx", card)
         write_pt2(network, pt2, card)
@@ -123,6 +124,7 @@ def _make_files(setting: Setting, name: str) -> str | None:
             torch.export.load(found.pt2)
         except Exception as error:  # torch raises whatever its zip and JSON readers raise
             from emstream.inference.build import read_card
+            from train.export import write_pt2
 
             write_pt2(_from_onnx(found.onnx), pt2, read_card(found.onnx))
             said = f"PyTorch {torch.__version__} cannot read {found.pt2.name} ({type(error).__name__}); wrote another"
@@ -271,7 +273,10 @@ class Reference:
     frames: int
 
     def file(self, setting: Setting) -> Path:
-        return setting.models / f"{self.name}-{self.height}x{self.width}.npy"
+        """Named after the weights, too: a shipped network may be trained anew."""
+        onnx = files(setting, self.name).onnx
+        weights = sha256_of(onnx)[:8] if onnx.exists() else "none"
+        return setting.models / f"{self.name}-{weights}-{self.height}x{self.width}.npy"
 
     def __str__(self) -> str:
         return f"{self.name} {self.height}x{self.width}"

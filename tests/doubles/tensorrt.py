@@ -177,6 +177,8 @@ class IExecutionContext:
 
     def __del__(self) -> None:
         self._gpu.free(self._persistent)
+        if self._working is not None:
+            self._gpu.buffer_at(*self._working)  # still there
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert memory % 256 == 0, "device memory must be aligned to 256 bytes"
