@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from hypothesis import settings as hypothesis_settings
 
 from emstream import wire
 from emstream.frame import FrameHeader
 from emstream.inference import default_engine
 from emstream.serve import Service, Settings, build
+
+# How long an example takes is this machine's affair.
+hypothesis_settings.register_profile("any machine", deadline=None)
+hypothesis_settings.load_profile("any machine")
 
 
 @pytest.fixture

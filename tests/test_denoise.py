@@ -85,7 +85,7 @@ def test_output_holds_every_frame_in_order_as_float32(tmp_path: Path, suffix: st
     np.testing.assert_array_equal(back, 2.0 * movie())
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(frames=st.integers(1, 9), depth=st.integers(1, 5))
 def test_engine_is_kept_as_busy_as_it_likes_and_no_busier(tmp_path: Path, frames: int, depth: int) -> None:
     engine = CarefulEngine(depth)

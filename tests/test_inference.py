@@ -66,7 +66,9 @@ def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_file_that_is_no_plan_is_refused_and_the_onnx_beside_it_named(tmp_path: Path) -> None:
     (tmp_path / "unet32.plan").touch()
     shutil.copy(default_engine(), tmp_path / "unet32.onnx")
-    with pytest.raises(EngineInvalid, match=r"does not say what it was built from.*unet32\.onnx runs on the CPU"):
+    with pytest.raises(
+        EngineInvalid, match=r"does not say what it was built from.*unet32\.onnx runs on the CPU"
+    ):
         load_engine(tmp_path / "unet32.plan")
 
 

@@ -72,7 +72,7 @@ def refusal(path: Path, dataset: str | None = None) -> str:
 # -- round trips ----------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     suffix=st.sampled_from(SUFFIXES),
     shape=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 40)),
@@ -378,7 +378,7 @@ def test_garbage_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None
     assert f"cannot be read as {suffix}" in refusal(path)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kept=st.floats(0, 1), kind=st.sampled_from([".npy", ".tif", "zlib.tif", "pages.tif", ".h5", ".mrc"]))
 def test_file_cut_short_anywhere_never_loses_frames_in_silence(
     tmp_path: Path, kept: float, kind: str

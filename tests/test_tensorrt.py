@@ -219,21 +219,21 @@ def test_steady_state_allocates_nothing(bench: Any) -> None:
 
 
 @pytest.mark.parametrize(("shape", "kind", "staged"), [(SHAPE, "uint16", 0), ((9, 20), "uint8", 3 * 2)])
-def test_a_prepared_engine_allocates_nothing_for_single_frames_and_full_batches(
+def test_a_prepared_engine_allocates_nothing_whatever_the_batch(
     bench: Any, shape: tuple[int, int], kind: str, staged: int
 ) -> None:
     """As much page-locked memory as such frames need: none where the GPU can copy them itself."""
     b = bench()
     b.engine.prepare(shape, np.dtype(kind))
     assert b.gpu.made["pinned"] == 2 + staged
-    batches = [b.pinned(noise(n, (n, *shape), kind)) for n in (1, PROFILE.max_batch)]
+    batches = [b.pinned(noise(n, (n, *shape), kind)) for n in range(1, PROFILE.max_batch + 1)]
     results = [b.empty(each.shape) for each in batches]
     made, captures = b.gpu.made.copy(), b.gpu.calls["capture"]
     for _ in range(2 * b.engine.depth):
         for pair in zip(batches, results, strict=True):
             b.engine.collect(b.engine.submit(*pair))
     assert b.gpu.made == made
-    assert b.gpu.calls["capture"] == captures == 2 * b.engine.depth
+    assert b.gpu.calls["capture"] == captures == PROFILE.max_batch * b.engine.depth
 
 
 def test_close_gives_everything_back_and_may_be_called_twice(bench: Any) -> None:
@@ -1041,7 +1041,8 @@ def test_the_program_refuses_what_tensorrt_refuses(tmp_path: Path) -> None:
     record, compiled = read_plan(plan_file(tmp_path / "u.plan"))
     with gpu.current():
         program = TensorRTProgram(pretended(gpu), record.profile, compiled, tmp_path / "u.plan")
-        addresses = [gpu.address(gpu.allocate(4000)) for _ in range(3)]
+        memory = [gpu.allocate(4000) for _ in range(3)]
+        addresses = [gpu.address(buffer) for buffer in memory]
         with pytest.raises(EngineError, match=r"TensorRT refuses a batch of \(0, 12, 20, 2\)"):
             program.context(0, *addresses)
         program.close()

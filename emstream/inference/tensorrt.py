@@ -228,12 +228,16 @@ class TensorRTEngine(Engine):
         return expected
 
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
-        """Run every lane at a batch of 1 and at the largest until both come from a graph."""
+        """Run every lane at every batch size until each comes from a graph.
+
+        What a batch size costs at first (its context, for TensorRT for RTX its kernels too) would
+        otherwise hold up the stream when that size first occurs.
+        """
         self._check_type(dtype)
         rows = (self._profile.max_batch, *shape)
         counts, expected = self._pin(rows, dtype), self._pin(rows, _FLOAT32)  # as the ring's are
-        for batch in (1, self._profile.max_batch):
-            for _ in range(3):
+        for batch in range(1, self._profile.max_batch + 1):
+            for _ in range(2 if self._graphs else 1):
                 tickets = [self.submit(counts[:batch], expected[:batch]) for _ in self._lanes]
                 for ticket in tickets:
                     self.collect(ticket)
