@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from train.shards import Shard, ShardError
 from train.structures import material, projected_columns
 
 SAMPLING_A = 0.062  # pixel size of the camera's frames [A], as in the paper
+# Numbers fall into the nearest multiple of the step: a group per unit, like the paper's settings.
+STEPS = {"thickness_nm": 1.0, "tilt": 1.0, "defocus_nm": 5.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,15 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def keep(self, key: str, group: str) -> None:
+        """Forget all images but those of one `group` of `key`, by `group_of`. Raises ValueError if there is none."""
+        groups = [str(group_of(parameters, key)) for parameters in self.parameters]
+        kept = [n for n, found in enumerate(groups) if found == group]
+        if not kept:
+            raise ValueError(f"no image has the {key} {group}, only {', '.join(sorted(set(groups)))}")
+        self.images = self.images[kept]
+        self.parameters = [self.parameters[n] for n in kept]
 
     def view(
         self, index: Tensor, size_px: int, sampling_a: Tensor, angle: Tensor, flip: Tensor, centre: Tensor
@@ -162,3 +174,18 @@ def _rebuilt_columns(parameters: dict[str, Any]) -> np.ndarray:
     names = substance.Specimen.__dataclass_fields__
     specimen = substance.Specimen(**{name: parameters[name] for name in names if name in parameters})
     return in_pixels(projected_columns(substance.build(specimen)), substance.CELL_A)
+
+
+def group_of(parameters: Mapping[str, Any], key: str) -> float | str:
+    """Which group of `key` an image with these `parameters` belongs to."""
+    if key == "tilt":
+        value: Any = float(np.hypot(parameters["tilt_x_deg"], parameters["tilt_y_deg"]))
+    elif key in parameters:
+        value = parameters[key]
+    else:
+        raise ValueError(
+            f"the images do not know their {key}, only {', '.join(sorted(parameters))}; "
+            "simulate them again with: python -m train.simulate"
+        )
+    step = STEPS.get(key)
+    return str(value) if step is None else step * round(value / step)

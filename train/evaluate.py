@@ -32,7 +32,7 @@ from tqdm import tqdm
 from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
-from train.dataset import Images
+from train.dataset import Images, group_of
 from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface
@@ -47,8 +47,6 @@ NOISY = "noisy"
 CLEAN = "noiseless"
 READABLE_F1 = 0.8  # below, the detector cannot read the noiseless picture either, and would be what is scored
 SURFACE_KEYS = ("precision", "recall", "f1", "jaccard")
-# Numbers fall into the nearest multiple of the step: a group per unit, like the paper's settings.
-STEPS = {"thickness_nm": 1.0, "tilt": 1.0, "defocus_nm": 5.0}
 TITLES = {
     "thickness_nm": "thickness [nm], rounded to 1",
     "tilt": "total tilt [degrees], rounded to 1",
@@ -111,21 +109,6 @@ def surface_summary(rows: Sequence[Row]) -> dict[str, Any]:
     spreads = {key: Spread.of(row[key] for row in rows) for key in SURFACE_KEYS}
     means = {key: round(spread.mean, 3) for key, spread in spreads.items()}
     return means | {f"{key}_sd": round(spread.sd, 3) for key, spread in spreads.items()}
-
-
-def group_of(parameters: Mapping[str, Any], key: str) -> float | str:
-    """Which group of `key` an image with these `parameters` belongs to."""
-    if key == "tilt":
-        value: Any = float(np.hypot(parameters["tilt_x_deg"], parameters["tilt_y_deg"]))
-    elif key in parameters:
-        value = parameters[key]
-    else:
-        raise ValueError(
-            f"the images do not know their {key}, only {', '.join(sorted(parameters))}; "
-            "simulate them again with: python -m train.simulate"
-        )
-    step = STEPS.get(key)
-    return str(value) if step is None else step * round(value / step)
 
 
 def grouped(rows: Sequence[Row], images: Images, key: str) -> dict[float | str, Spread]:

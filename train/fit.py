@@ -71,8 +71,19 @@ def training_images(recipe: Recipe, device: torch.device) -> Any:
     """Something with ``random_views(count, size_px, generator)``, in the memory of `device`."""
     if recipe.task == "photographs":
         return photographs.Photographs(device=device)
-    images = Images(Path(recipe.train))
+    images = chosen_images(recipe.train, recipe)
     images.images = images.images.to(device)
+    return images
+
+
+def chosen_images(directory: str | None, recipe: Recipe) -> Images:
+    """The images of a directory, or those of the recipe's group alone."""
+    images = Images(Path(directory or ""))
+    for key, group in (recipe.only or {}).items():
+        try:
+            images.keep(key, str(group))
+        except ValueError as error:
+            raise RecipeError(f"only = {recipe.only}, and in {directory} {error}") from None
     return images
 
 
@@ -112,7 +123,7 @@ def held_out(recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     if recipe.task == "photographs":
         return photographs.held_out(generator)
-    views = Images(Path(recipe.validate)).central_views(512)[::2].split(4)
+    views = chosen_images(recipe.validate, recipe).central_views(512)[::2].split(4)
     return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views]
 
 

@@ -39,6 +39,8 @@ class Recipe:
     train: str | None = None
     validate: str | None = None
     """Directories made by train.simulate; photographs come with the packages in train/photographs.py."""
+    only: dict | None = None
+    """Train on the images of one group, as train.evaluate groups them: { shape = "PtNp1" }."""
     doses: str = "range"
     """As train.noise draws them, or the paper's 0.45 electrons per pixel alone."""
     noise_sigma: list | None = None
@@ -84,11 +86,13 @@ class Recipe:
                 or not 0 <= sigmas[0] < sigmas[1]
             ):
                 raise RecipeError(f"photographs need noise_sigma = [lowest, highest], got {self.noise_sigma}")
-            if (self.loss, self.doses, self.train, self.validate) != ("mse", "range", None, None):
-                raise RecipeError("photographs have no doses, no train or validate, and the loss mse")
+            if (self.loss, self.doses, self.train, self.validate, self.only) != ("mse", "range", *[None] * 3):
+                raise RecipeError("photographs have no doses, no train, validate or only, and the loss mse")
         else:
             if missing := [key for key in ("train", "validate") if getattr(self, key) is None]:
                 raise RecipeError(f"missing key {', '.join(missing)}")
+            if self.only is not None and len(self.only) != 1:
+                raise RecipeError(f'only takes one group, like {{ shape = "PtNp1" }}, got {self.only}')
             if self.noise_sigma is not None:
                 raise RecipeError("noise_sigma is for photographs; TEM frames have Poisson noise")
 

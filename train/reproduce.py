@@ -5,9 +5,11 @@ everything on specimens it has not seen, and draws every figure. Each step is on
 that you could type; it is printed, logged in OUT/logs, and left out when it is done
 already: run the same command again after a kill.
 
-    --small    a few dozen specimens and about a minute for each network: shows that all of it
-               works, and the order of the rows as far as a minute can
-    --full     about a thousand specimens, 20,000 images and the recipes' own budgets, on a GPU
+    --small       a few dozen specimens and well under a minute for each network: shows that all
+                  of it works, not how good any of it gets
+    --full        about a thousand specimens, 20,000 images and the recipes' own budgets, on a GPU
+    --minutes M   for each network, instead
+    --specimens N to train on, instead
 """
 
 from __future__ import annotations
@@ -18,15 +20,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-TEM_ROWS = ("durr", "unet32", "wide64", "unet64", "dncnn", "unet128", "unet128-six")
+TEM_ROWS = (
+    "durr", "unet32-two", "unet32", "unet32-six", "wide64", "unet64", "dncnn", "unet128", "unet128-six",
+)  # fmt: skip
 PHOTOGRAPH_ROWS = ("photographs-two", "photographs-four", "photographs-six")
 EXPLAINED = "wide64"
+# Rows of each generalisation matrix, which UNet-32 is trained for, and the images it takes.
+GROUPS = {
+    "shape": ("data", ("PtNp1", "PtNp2", "PtNp3", "PtNp4")),
+    "contrast": ("either", ("black", "white")),
+}
+EITHER_DEFOCUS_NM = (-20, 20)  # columns are dark in half of the images, bright in most of the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +62,7 @@ SMALL = Scale(
     images_each=8,
     held_out=8,
     recipes="cpu",
-    minutes_each=1.1,
+    minutes_each=0.6,
     tuning_views=1,
     every=4,
     device="cpu",
@@ -74,89 +84,70 @@ class Step:
 
 def steps(out: Path, scale: Scale) -> Iterator[Step]:
     """Everything, in order."""
-    data, runs, tables = out / "data", out / "runs", out / "tables"
+    data, runs, tuned = out / "data", out / "runs", out / "tuned.json"
 
-    def python(module: str, *arguments: object) -> list[str]:
-        return [sys.executable, "-m", f"train.{module}", *map(str, arguments)]
+    def step(name: str, module: str, *arguments: object) -> Step:
+        command = [sys.executable, "-m", f"train.{module}", *map(str, arguments)]
+        return Step(name, command, out / "done" / name)
 
-    for name, specimens, each, seed in (
-        ("train", scale.specimens, scale.images_each, 0),
-        ("val", scale.held_out, 2, 100_000),
-        ("test", scale.held_out, 4, 200_000),
-    ):
-        command = python(
-            "simulate", data / name, "--specimens", specimens, "--images-each", each, "--first-seed", seed
-        )
-        if scale.device == "cuda":
-            command += ["--device", "gpu"]
-        yield Step(f"simulate-{name}", command, out / "done" / f"simulate-{name}")
-    sheet = data / "preview.png"
-    yield Step("preview", python("simulate", data / "train", "--preview", sheet), sheet)
-    tuned = out / "tuned.json"
-    yield Step(
-        "baselines",
-        python("baselines", data / "val", "--views", scale.tuning_views, "--out", tuned),
-        out / "done" / "baselines",
-    )
+    on = ("--device", "gpu") if scale.device == "cuda" else ()
+    for folder, defocus, share in (("data", (), 1), ("either", ("--defocus", *EITHER_DEFOCUS_NM), 2)):
+        for name, specimens, each, seed in (
+            ("train", scale.specimens // share, scale.images_each, 0),
+            ("val", scale.held_out, 2, 100_000),
+            ("test", scale.held_out, 4, 200_000),
+        ):
+            many = "--specimens", specimens, "--images-each", each, "--first-seed", seed
+            where = out / folder / name
+            yield step(f"simulate-{folder}-{name}", "simulate", where, *many, *defocus, *on)
+    yield step("preview", "simulate", data / "train", "--preview", out / "preview.png")
+    yield step("baselines", "baselines", data / "val", "--views", scale.tuning_views, "--out", tuned)
+
+    short = ()
+    if scale.minutes_each is not None:
+        short = "--hours", round(scale.minutes_each / 60, 4), "--no-compile"
     rows = (*TEM_ROWS, *PHOTOGRAPH_ROWS)
     for row in rows:
-        command = python("fit", recipe(row, out, scale), runs / row)
-        if scale.minutes_each is not None:
-            command += ["--hours", str(round(scale.minutes_each / 60, 4)), "--no-compile"]
-        yield Step(f"fit-{row}", command, out / "done" / f"fit-{row}")
-    networks = [runs / row / "best.pt" for row in rows]
-    yield Step(
-        "tables",
-        python(
-            "tables",
-            *networks,
-            "--test",
-            data / "test",
-            "--every",
-            scale.every,
-            "--device",
-            scale.device,
-            "--out",
-            tables,
-        ),
-        out / "done" / "tables",
-    )
-    best = [runs / row / "best.pt" for row in ("unet32", EXPLAINED)]
-    yield Step(
-        "evaluate",
-        python(
-            "evaluate",
-            *best,
-            data / "test",
-            "--every",
-            scale.every,
-            "--baselines",
-            tuned,
-            "--by",
-            "thickness_nm",
-            "tilt",
-            "defocus_nm",
-            "defect",
-            "contrast",
-            "--surface",
-            "--speed",
-            "--out",
-            out / "evaluation",
-        ),
-        out / "done" / "evaluate",
-    )
-    yield Step(
-        "explain",
-        python("explain", runs / EXPLAINED / "best.pt", data / "test", "--out", out / "explained"),
-        out / "done" / "explain",
-    )
+        yield step(f"fit-{row}", "fit", recipe(row, out, scale), runs / row, *short)
+    matrices = {}
+    for key, (folder, groups) in GROUPS.items():
+        pairs = []
+        for group in groups:
+            path = recipe("unet32", out, scale, folder, {key: group})
+            yield step(f"fit-{group}", "fit", path, runs / group, *short)
+            pairs.append(f"{group}={runs / group / 'best.pt'}")
+        matrices[folder] = ("--generalisation", key, *pairs)
+
+    def best(*names: str) -> list[Path]:
+        return [runs / name / "best.pt" for name in names]
+
+    common = ("--every", scale.every, "--device", scale.device)
+    yield step(
+        "tables", "tables", *best(*rows), "--test", data / "test", *common, *matrices["data"],
+        "--out", out / "tables",
+    )  # fmt: skip
+    yield step(
+        "contrast", "tables", "--test", out / "either" / "test", *common, *matrices["either"],
+        "--out", out / "contrast",
+    )  # fmt: skip
+    yield step(
+        "evaluate", "evaluate", *best("unet32", EXPLAINED), data / "test", "--every", scale.every,
+        "--baselines", tuned, "--by", "thickness_nm", "tilt", "defocus_nm", "defect",
+        "--surface", "--speed", "--out", out / "evaluation",
+    )  # fmt: skip
+    yield step("explain", "explain", *best(EXPLAINED), data / "test", "--out", out / "explained")
 
 
-def recipe(row: str, out: Path, scale: Scale) -> Path:
-    """The row's recipe with this run's data in place of data/train and data/val, written into OUT/recipes."""
+def recipe(
+    row: str, out: Path, scale: Scale, folder: str = "data", only: dict[str, str] | None = None
+) -> Path:
+    """The row's recipe with images of OUT/FOLDER in place of data, perhaps `only` a group; into OUT/recipes."""
     text = (HERE / "recipes" / f"{row}-{scale.recipes}.toml").read_text()
     for name in ("train", "val"):
-        text = text.replace(f'"data/{name}"', f'"{(out / "data" / name).as_posix()}"')
+        text = text.replace(f'"data/{name}"', f'"{(out / folder / name).as_posix()}"')
+    for key, group in (only or {}).items():
+        text += f'only = {{ {key} = "{group}" }}\n'
+        row = group
     path = out / "recipes" / f"{row}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -185,10 +176,16 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--small", action="store_const", dest="scale", const=SMALL)
     which.add_argument("--full", action="store_const", dest="scale", const=FULL)
+    parser.add_argument("--minutes", type=float, help="to train each network")
+    parser.add_argument("--specimens", type=int, help="to train on")
     parser.add_argument("--out", type=Path, help="default: runs/small or runs/full")
     arguments = parser.parse_args()
     scale: Scale = arguments.scale
     out: Path = arguments.out or Path("runs", "small" if scale is SMALL else "full")
+    if arguments.minutes is not None:
+        scale = replace(scale, minutes_each=arguments.minutes)
+    if arguments.specimens is not None:
+        scale = replace(scale, specimens=arguments.specimens)
     begin = time.monotonic()
     todo = [step for step in steps(out, scale) if not step.done.exists()]
     for step in tqdm(todo, unit="step"):

@@ -10,7 +10,8 @@ and hardware stand in the same row.
     table (b)    photographs, Gaussian noise (`train.photographs`)
 
     --generalisation KEY NAME=NETWORK ...   networks trained on images with one NAME of KEY (shape,
-                                            defect, contrast ...), each tested on every other
+                                            defect, contrast ...), each tested on every other;
+                                            without folders this matrix is all there is
 
 Published figures are in train/published.toml. Networks run in PyTorch, float32.
 """
@@ -30,12 +31,11 @@ from tqdm import tqdm
 
 from bench import report
 from train import networks, photographs, plots
-from train.dataset import Images
+from train.dataset import Images, group_of
 from train.evaluate import (
     NOISE_SEED,
     TITLES,
     Denoiser,
-    group_of,
     grouped,
     score_view,
     summary,
@@ -264,13 +264,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--generalisation takes one of {', '.join(TITLES)} and NAME=NETWORK pairs")
     images = Images(arguments.test)
     try:
+        if not arguments.folders and not arguments.generalisation:
+            parser.error("nothing to score: name folders of runs or engines, or give --generalisation")
         trained = [networks.load(path, arguments.device) for path in find(arguments.folders)]
         for key, *_ in arguments.generalisation:
             group_of(images.parameters[0], key)
     except ValueError as error:
         parser.error(str(error))
 
-    first, second = table_a(trained, images, arguments.every), table_b(trained)
+    first, second = (table_a(trained, images, arguments.every), table_b(trained)) if trained else ([], [])
     matrices = {}
     for key, *pairs in arguments.generalisation:
         subsets = {name: Path(path) for name, path in (pair.split("=", 1) for pair in pairs)}
@@ -297,13 +299,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write(results: dict[str, Any], matrices: Mapping[str, Any], folder: Path) -> None:
     """Markdown, CSV and plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        f"## (a) TEM images at {PAPER_DOSE} electrons per pixel",
-        markdown_a(results["tem"]),
-        f"{results['images']} images of {results['test']}; the paper is {results['source']}, on its own images.",
-        "## (b) Photographs with Gaussian noise [grey levels of 255]",
-        markdown_b(results["photographs"]),
-    ]
+    parts = []
+    if results["tem"]:
+        parts += [
+            f"## (a) TEM images at {PAPER_DOSE} electrons per pixel",
+            markdown_a(results["tem"]),
+            f"{results['images']} images of {results['test']}; the paper is {results['source']}, on its own images.",
+            "## (b) Photographs with Gaussian noise [grey levels of 255]",
+            markdown_b(results["photographs"]),
+        ]
     for key, matrix in matrices.items():
         parts += [f"## Generalisation: {TITLES[key]}, mean PSNR [dB]", markdown_generalisation(matrix, key)]
         tested_on = list(dict.fromkeys(group for groups in matrix.values() for group in groups))
@@ -322,6 +326,8 @@ def write(results: dict[str, Any], matrices: Mapping[str, Any], folder: Path) ->
     body = "\n\n".join(parts)
     report.save("tables", "The paper's tables and ours", results, body, folder)
     print(body)
+    if not results["tem"]:
+        return
     write_csv(folder / "table-a.csv", [_flat(entry) for entry in results["tem"]])
     write_csv(folder / "table-b.csv", [_flat(entry) for entry in results["photographs"]])
     theirs = [dict(entry, name=entry["model"]) for entry in results["tem"] if "psnr_db" in entry]

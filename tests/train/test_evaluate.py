@@ -18,7 +18,8 @@ from scipy.ndimage import gaussian_filter
 
 from tests.train.toy import SIZE_PX, SPACING_PX, ToyColumns, ToyImages, draw, toy_columns
 from train import evaluate, networks, surface, tables
-from train.evaluate import group_of, grouped, measure_ms
+from train.dataset import group_of
+from train.evaluate import grouped, measure_ms
 from train.metrics import Spread, psnr_db, psnr_ssim
 from train.models import DURR, DnCNN, Network, UNet, macs_per_pixel, parameters
 from train.surface import Surface, SurfaceScore, boundary, match

@@ -27,7 +27,7 @@ RECIPES = sorted((ROOT / "train/recipes").glob("*.toml"))
 ROWS = {
     "dncnn": 668_225, "durr": 233_440, "unet32": 352_000, "unet64": 1_404_416, "unet128": 5_610_496,
     "unet128-six": 70_504_960, "wide64": 1_406_336, "photographs-two": 102_336, "photographs-four": 352_000,
-    "photographs-six": 4_410_496,
+    "photographs-six": 4_410_496, "unet32-two": 102_336, "unet32-six": 4_410_496,
 }  # fmt: skip
 TINY: dict[str, Any] = {
     "network": "UNet", "base": 4, "scales": 2, "train": "discs", "validate": "discs", "steps": 4, "batch": 2,
@@ -57,8 +57,13 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 def write(path: Path, **values: Any) -> Path:
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + " }"
+        return json.dumps(value)
+
     path.write_text(
-        "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items() if value is not None)
+        "".join(f"{key} = {toml(value)}\n" for key, value in values.items() if value is not None)
     )
     return path
 
@@ -109,6 +114,9 @@ def test_every_row_has_a_recipe_for_a_gpu_and_one_for_a_cpu(row: str) -> None:
         ({**PHOTOGRAPHS, "noise_sigma": [50, 20]}, "photographs need noise_sigma"),
         ({**PHOTOGRAPHS, "noise_sigma": ["a", "b"]}, "photographs need noise_sigma"),
         ({**PHOTOGRAPHS, "loss": "poisson"}, "photographs have no doses"),
+        ({**PHOTOGRAPHS, "only": {"shape": "PtNp1"}}, "photographs have no doses"),
+        ({"only": {"shape": "PtNp1", "defect": "D0"}}, "only takes one group"),
+        ({"only": "PtNp1"}, "only must be dict, got 'PtNp1'"),
         ({"distill_weight": 2.0}, r"distill_weight must be at most 1, got 2\.0"),
     ],
 )
