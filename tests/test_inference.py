@@ -20,7 +20,7 @@ from emstream.sources.specimen import MovingSpecimen
 
 
 def test_wrong_path_names_the_engines_that_ship(tmp_path: Path) -> None:
-    with pytest.raises(EngineNotFound, match=r"no engine at .*nowhere\.onnx; shipped: .*unet32\.onnx"):
+    with pytest.raises(EngineNotFound, match=r"no engine at .*nowhere\.onnx; shipped: .*wide64\.onnx"):
         load_engine(tmp_path / "nowhere.onnx")
 
 
@@ -67,7 +67,7 @@ def test_file_that_is_no_plan_is_refused_and_the_onnx_beside_it_named(tmp_path: 
     (tmp_path / "unet32.plan").touch()
     shutil.copy(default_engine(), tmp_path / "unet32.onnx")
     with pytest.raises(
-        EngineInvalid, match=r"does not say what it was built from.*unet32\.onnx runs on the CPU"
+        EngineInvalid, match=r"does not say what it was built from.*wide64\.onnx runs on the CPU"
     ):
         load_engine(tmp_path / "unet32.plan")
 

@@ -655,7 +655,7 @@ def test_a_plan_in_a_process_of_its_own_fails_in_a_line(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_a_damaged_plan_names_what_runs(tmp_path: Path) -> None:
     (tmp_path / "u.plan").write_bytes(b"rubbish")
-    with pytest.raises(EngineInvalid, match=r"emstream build MODEL\.onnx.*unet32\.onnx runs on the CPU"):
+    with pytest.raises(EngineInvalid, match=r"emstream build MODEL\.onnx.*wide64\.onnx runs on the CPU"):
         load_engine(tmp_path / "u.plan")
     plan_at(tmp_path / "u.plan")
     (tmp_path / "u.plan").write_bytes((tmp_path / "u.plan").read_bytes()[:-2])
@@ -690,7 +690,7 @@ def test_a_plan_for_something_else_is_not_loaded(
         load_engine(tmp_path / "u.plan")
     assert text in str(raised.value)
     assert record.rebuild(tmp_path / "u.plan") in str(raised.value)
-    assert "unet32.onnx runs on the CPU" in str(raised.value)
+    assert "wide64.onnx runs on the CPU" in str(raised.value)
     assert machine.gpus[0].live_bytes == 0
     told = json.loads(run("info", tmp_path / "u.plan", "--json").stdout)
     assert text in told["runs_here"]
@@ -909,7 +909,7 @@ def test_without_a_gpu_an_onnx_runs_on_the_cpu_and_nothing_is_said(
 @pytest.mark.parametrize("device", ["0", "0,1"])
 def test_a_gpu_that_is_asked_for_and_missing_is_an_error(device: str) -> None:
     pytest.importorskip("onnx")
-    with pytest.raises(EngineUnavailable, match=f"{NO_DRIVER}; .*unet32.onnx runs on the CPU"):
+    with pytest.raises(EngineUnavailable, match=f"{NO_DRIVER}; .*wide64.onnx runs on the CPU"):
         load_engine(ONNX, device=device)
 
 

@@ -264,15 +264,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--generalisation takes one of {', '.join(TITLES)} and NAME=NETWORK pairs")
     images = Images(arguments.test)
     try:
-        if not arguments.folders and not arguments.generalisation:
-            parser.error("nothing to score: name folders of runs or engines, or give --generalisation")
         trained = [networks.load(path, arguments.device) for path in find(arguments.folders)]
         for key, *_ in arguments.generalisation:
             group_of(images.parameters[0], key)
     except ValueError as error:
         parser.error(str(error))
 
-    first, second = (table_a(trained, images, arguments.every), table_b(trained)) if trained else ([], [])
+    first, second = [], []
+    if trained or not arguments.generalisation:
+        first, second = table_a(trained, images, arguments.every), table_b(trained)
     matrices = {}
     for key, *pairs in arguments.generalisation:
         subsets = {name: Path(path) for name, path in (pair.split("=", 1) for pair in pairs)}

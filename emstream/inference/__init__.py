@@ -22,9 +22,9 @@ def default_engine() -> Path:
     """The engine that ships with emstream and runs on any CPU."""
     package = Path(__file__).parents[1]
     for folder in (package / "engines", package.parent / "engines"):
-        if (path := folder / "unet32.onnx").exists():
+        if (path := folder / "wide64.onnx").exists():
             return path
-    raise EngineNotFound(f"emstream at {package} came without engines/unet32.onnx; install it again")
+    raise EngineNotFound(f"emstream at {package} came without engines/wide64.onnx; install it again")
 
 
 def load_engine(

@@ -67,7 +67,7 @@ def test_sigterm_in_mid_batch_finishes_what_was_received(tmp_path: Path, context
     camera.bind(f"ipc://{tmp_path}/camera")
     service = start("serve", "--input", f"pull+ipc://{tmp_path}/camera", "--output", f"ipc://{tmp_path}/out",
                     "--overrun", "block", "--json")  # fmt: skip
-    line_with(service, "engine unet32 on")
+    line_with(service, "engine wide64 on")
     listener = context.socket(zmq.SUB)
     listener.linger = 0
     listener.connect(f"ipc://{tmp_path}/out")

@@ -371,6 +371,19 @@ def test_the_command_writes_every_table_also_when_nothing_is_trained(
     assert (tmp_path / "psnr-against-field-of-view.png").exists()
 
 
+def test_a_matrix_alone_is_a_report_without_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "Images", ToyImages)
+    monkeypatch.setattr(tables, "VIEW_PX", 96)
+    network = Path(__file__).parents[2] / "engines/unet32.pt2"
+    tables.main(["--test", "toy", "--out", str(tmp_path), "--generalisation", "shape", f"PtNp1={network}"])
+    text = (tmp_path / "tables.md").read_text()
+    assert "| PtNp1 " in text
+    assert "(a)" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tables.md", "tables.json", "generalisation-shape.csv", "generalisation-shape.png",
+    }  # fmt: skip
+
+
 def test_an_empty_folder_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no best\.pt and no \.pt2 in"):
         tables.find([tmp_path])

@@ -62,9 +62,7 @@ def write(path: Path, **values: Any) -> Path:
             return "{ " + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + " }"
         return json.dumps(value)
 
-    path.write_text(
-        "".join(f"{key} = {toml(value)}\n" for key, value in values.items() if value is not None)
-    )
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items() if value is not None))
     return path
 
 

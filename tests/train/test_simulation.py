@@ -217,6 +217,19 @@ def test_shards_of_an_earlier_version_are_read_with_a_warning(folder: Path, whol
         np.testing.assert_array_equal(rebuilt.on_surface, stored.on_surface)
 
 
+def test_images_of_one_group_can_be_kept_alone(whole: Path) -> None:
+    images = Images(whole)
+    first = images.parameters[0]["shape"]
+    number = sum(parameters["shape"] == first for parameters in images.parameters)
+    before = images.images[0].clone()
+    images.keep("shape", first)
+    assert len(images) == len(images.images) == number
+    assert {parameters["shape"] for parameters in images.parameters} == {first}
+    assert torch.equal(images.images[0], before)
+    with pytest.raises(ValueError, match=f"no image has the shape PtNp9, only {first}"):
+        images.keep("shape", "PtNp9")
+
+
 def test_two_materials_do_not_mix_in_a_directory(folder: Path) -> None:
     shard = shards.read(one_shard(folder))
     shards.write(folder / "shard-000008.h5", replace(shard, sampling_a=shard.sampling_a * 1.04))
