@@ -132,7 +132,7 @@ def test_what_is_built_is_read_back(tmp_path: Path, kind: str, size: str) -> Non
     assert {key: told[key] for key in set(told) & set(report)} == {
         key: report[key] for key in set(report) - {"plan", "plan_mib", "seconds"}
     }
-    assert (told["name"], told["flavour"], told["gpu"]) == ("unet32", "tensorrt-rtx", None)
+    assert (told["name"], told["flavour"], told["gpu"]) == ("wide64", "tensorrt-rtx", None)
     assert told["onnx_sha256"] == load_engine(ONNX, device="cpu").sha256
     assert told["runs_here"] == (
         f"no: {path} cannot run on a GPU here: {NO_DRIVER}; {ONNX} runs on the CPU (--device cpu)"
@@ -161,9 +161,9 @@ def test_the_command_that_rebuilds_a_plan_rebuilds_it(tmp_path: Path) -> None:
 def test_what_a_plan_is_can_be_read_without_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("build", ONNX, "--size", "48x32").exit_code == 0
-    text = " ".join(run("info", "unet32.plan").stdout.split())
-    for piece in ("name unet32", "height 48", "width 32", "type uint8", "max_batch 8", "flavour tensorrt-rtx",
-                  "precision fp16", "rebuild emstream build", "runs_here no: unet32.plan"):  # fmt: skip
+    text = " ".join(run("info", "wide64.plan").stdout.split())
+    for piece in ("name wide64", "height 48", "width 32", "type uint8", "max_batch 8", "flavour tensorrt-rtx",
+                  "precision fp16", "rebuild emstream build", "runs_here no: wide64.plan"):  # fmt: skip
         assert piece in text
 
 
@@ -718,7 +718,7 @@ RTX = Flavour("tensorrt-rtx", "1.7", None)
 def test_a_plan_is_built_once(cache: Path, built: list[Profile]) -> None:
     first = cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU)
     assert first.parent == cache / "plans"
-    assert first.name.startswith("unet32-64x48-uint16-3-")
+    assert first.name.startswith("wide64-64x48-uint16-3-")
     for _ in range(3):
         assert cached_plan(ONNX, "0" * 64, PROFILE, RTX, replace(GPU, index=1, memory_bytes=1)) == first
     assert built == [PROFILE]
@@ -765,7 +765,7 @@ def test_a_damaged_plan_in_the_cache_is_built_again(
 
 def test_a_cache_that_cannot_be_written_is_named(cache: Path, built: list[Profile]) -> None:
     cache.touch()
-    with pytest.raises(EngineError, match=rf"cannot write {cache}/plans/unet32"):
+    with pytest.raises(EngineError, match=rf"cannot write {cache}/plans/wide64"):
         cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emstream.inference import Engine, IdentityEngine, load_engine
+from emstream.inference import Engine, IdentityEngine, default_engine, load_engine
 from emstream.inference.cached import CachedPlansEngine
 from emstream.inference.openvino import OpenVINOEngine
 from emstream.inference.plan import Profile
@@ -33,6 +33,10 @@ TOLERANCE = {
     "tensorrt": 1e-4,
     "tensorrt, two GPUs": 1e-4,
 }
+
+
+# Its field of view leaves room for tiles of 256 px.
+MODEL = default_engine().with_name("unet32.onnx")
 
 
 def tiled(path: Path) -> Engine:
@@ -77,9 +81,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
 
 @pytest.fixture(params=list(ENGINES), scope="module")
 def named(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine]]:
-    from emstream.inference import default_engine
-
-    engine = ENGINES[request.param](default_engine())
+    engine = ENGINES[request.param](MODEL)
     yield request.param, engine
     engine.close()
 
@@ -91,7 +93,7 @@ def engine(named: tuple[str, Engine]) -> Engine:
 
 @pytest.fixture(scope="module")
 def reference() -> Engine:
-    return load_engine(precision="f32")
+    return load_engine(MODEL, precision="f32")
 
 
 def counts(shape: tuple[int, ...], kind: str = "uint8", seed: int = 0) -> np.ndarray:
