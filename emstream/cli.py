@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -287,14 +287,16 @@ def denoise(
     from emstream.denoise import denoise_file
     from emstream.inference import load_engine
 
-    loaded = load_engine(engine, precision=precision, threads=threads, device=device)
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
         TextColumn("frames"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with (
+        closing(load_engine(engine, precision=precision, threads=threads, device=device)) as loaded,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
         task = progress.add_task(input.name, total=None)
         report = denoise_file(
             input, output, loaded, gain=gain, offset=offset, dataset=dataset, overwrite=overwrite,

@@ -375,7 +375,7 @@ def test_a_gpu_that_stays_broken_fails_every_batch_and_nothing_hangs(bench: Any,
     for n in range(3 * b.engine.depth):
         with pytest.raises(CudaError, match="upload: told to fail"):
             b.engine.submit(noise(n), np.empty((1, *SHAPE), np.float32))
-    assert "after a failed batch: record: told to fail" in caplog.text
+    assert "waiting for a batch: record: told to fail" in caplog.text
 
 
 # -- sizes and types --------------------------------------------------------------

@@ -60,7 +60,7 @@ class Scale:
 SMALL = Scale(
     specimens=64,
     images_each=8,
-    held_out=8,
+    held_out=16,
     recipes="cpu",
     minutes_each=0.6,
     tuning_views=1,

@@ -12,6 +12,15 @@ from emstream.errors import EngineError
 log = logging.getLogger(__name__)
 
 
+def check_writable(path: Path) -> None:
+    """Raise the EngineError that `write_whole` would, before there is something to write."""
+    if path.is_dir():
+        raise EngineError(f"cannot write {path}: it is a folder")
+    trial = path.with_name(f"{path.name}.trial")
+    write_whole(trial)
+    trial.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, *parts: bytes) -> None:
     """Write `path`, also when killed or when others write it, too, so that no reader finds a part of it.
 

@@ -8,7 +8,7 @@ one stream for all lanes, so that they can share TensorRT's working memory::
     lane 1            | upload |           | download |
     compute           | 0      | 1         | 2 ...
 
-Events tie the streams together; nothing waits for the whole device. Batches in
+Events tie the streams together; in the steady state nothing waits for the whole device. Batches in
 page-locked memory (the ring's, from `allocate`) are copied by the GPU itself. Others,
 and frames of another type or smaller than the plan's, go through the lane's own
 page-locked memory.
@@ -243,10 +243,12 @@ class TensorRTEngine(Engine):
                     self.collect(ticket)
 
     def close(self) -> None:
-        """Free what it holds on the device; nothing may be under way. A broken GPU is only logged."""
+        """Free what it holds on the device, once nothing is under way. A broken GPU is only logged."""
         if self._closed:
             return
         self._closed = True
+        for lane in self._lanes:
+            self._wait_for(lane)
         with self._gpu.current():
             for lane in self._lanes:
                 lane.runs.clear()
@@ -359,7 +361,13 @@ class TensorRTEngine(Engine):
         )
 
     def _retire(self, lane: _Lane) -> None:
-        """After a failed submit: wait for what uses the lane, on either stream, then it is idle again."""
+        """After a failed submit: the lane is idle again."""
+        self._wait_for(lane)
+        with self._lock:
+            self._idle.append(lane)
+
+    def _wait_for(self, lane: _Lane) -> None:
+        """Wait for what uses the lane, on either stream."""
         try:
             with self._gpu.current():
                 self._gpu.record(lane.computed, self._compute)
@@ -367,9 +375,7 @@ class TensorRTEngine(Engine):
                 self._gpu.record(lane.downloaded, lane.stream)
                 self._gpu.synchronize(lane.downloaded)
         except CudaError as error:
-            log.warning("after a failed batch: %s", error)
-        with self._lock:
-            self._idle.append(lane)
+            log.warning("waiting for a batch: %s", error)
 
 
 def _mirror(frames: np.ndarray, known: int) -> None:
