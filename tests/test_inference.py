@@ -161,22 +161,6 @@ def test_tiles_are_in_flight_together() -> None:
     assert (engine.most, engine.under_way) == (3, 0)
 
 
-@pytest.mark.parametrize("shape", [(5000, 300), (601, 703), (1024, 999)])
-def test_tiles_of_a_frame_have_one_size(shape: tuple[int, int]) -> None:
-    class Noting(IdentityEngine):
-        def __init__(self) -> None:
-            self.shapes: set[tuple[int, ...]] = set()
-
-        def submit(self, counts: np.ndarray, expected: np.ndarray) -> np.ndarray:
-            self.shapes.add(counts.shape)
-            return super().submit(counts, expected)
-
-    engine = Noting()
-    y = np.random.default_rng(0).poisson(3.0, shape).astype(np.uint8)
-    np.testing.assert_allclose(TiledEngine(engine, tile_px=256).denoise(y), y, rtol=1e-5)
-    assert len(engine.shapes) == 1
-
-
 def test_tile_that_fails_leaves_none_in_flight() -> None:
     class Failing(IdentityEngine):
         depth = 3

@@ -233,7 +233,7 @@ def _targets(flavour: Flavour) -> tuple[str, ...]:
     """Compute capabilities that TensorRT for RTX builds for unless told otherwise; none for TensorRT."""
     if not flavour.portable:
         return ()
-    numbers = [name[2:] for name in vars(flavour.module.ComputeCapability) if name.startswith("SM")]
+    numbers = [name[2:] for name in flavour.module.ComputeCapability.__members__ if name.startswith("SM")]
     targets = {f"{number[:-1]}.{number[-1]}" for number in numbers} - {_TURING}
     return tuple(sorted(targets, key=float))
 

@@ -58,17 +58,14 @@ def installed(name: str | None = None) -> Flavour:
 
 def installed_or_other(name: str) -> Flavour:
     """The flavour `name`, or where that is not installed the one that is; raises EngineUnavailable."""
-    if name in FLAVOURS:
-        try:
-            return installed(name)
-        except EngineUnavailable as error:
-            missing: EngineUnavailable | None = error
-    else:
-        missing = None
+    try:
+        return installed(name if name in FLAVOURS else None)
+    except EngineUnavailable as error:
+        missing = error
     try:
         return installed()
-    except EngineUnavailable as error:
-        raise missing or error from None
+    except EngineUnavailable:
+        raise missing from None
 
 
 def _logger_class(trt: Any, errors: int) -> type[Any]:

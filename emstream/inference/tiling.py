@@ -139,21 +139,17 @@ class TiledEngine(Engine):
             tile_spans(length, tile, self._overlap_px, self._multiple_px)
             for length, tile in zip(counts.shape, self._tile, strict=True)
         )
-        height, width = (max(stop - start for start, stop in spans) for spans in (rows, columns))
         expected.fill(0)
         flying: deque[tuple[Any, np.ndarray, np.ndarray, np.ndarray]] = deque()
 
         def land() -> None:
             ticket, _tile, place, weight = flying.popleft()
-            place += self._engine.collect(ticket)[0, : place.shape[0], : place.shape[1]] * weight
+            place += self._engine.collect(ticket)[0] * weight
 
         try:
             for (top, bottom), down in zip(rows, ramp(rows), strict=True):
                 for (left, right), across in zip(columns, ramp(columns), strict=True):
-                    tile = counts[None, top:bottom, left:right]
-                    # Of one size, padded as the network itself would: each size takes a compiled network of its own.
-                    short = height - tile.shape[1], width - tile.shape[2]
-                    tile = np.pad(tile, ((0, 0), (0, short[0]), (0, short[1])), "edge")
+                    tile = np.ascontiguousarray(counts[None, top:bottom, left:right])
                     if len(flying) >= self._engine.depth_for(tile.shape[1:]):
                         land()
                     ticket = self._engine.submit(tile, np.empty(tile.shape, np.float32))
