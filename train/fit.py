@@ -214,8 +214,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
     progress = tqdm(total=100, unit="%", disable=not first, bar_format="{l_bar}{bar}|{elapsed}{postfix}")
     begin, saved, losses = time.monotonic() - spent_s, time.monotonic(), []
     while part() < 1:
-        # Warm up for 300 steps, or 3 % of a shorter run; then half a cosine.
-        warm = min(1, max((step + 1) / 300, part() / 0.03))
+        # Warm up for 300 steps, or a tenth of a shorter run; then half a cosine.
+        warm = min(1, max((step + 1) / 300, part() / 0.1))
         rate = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * part()))
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -205,7 +205,9 @@ def _compile(
     if timing_cache is not None and not config.set_timing_cache(
         config.create_timing_cache(kept(timing_cache)), False
     ):
-        log.warning("this build is as slow as the first one: TensorRT refuses the timings in %s", timing_cache)
+        log.warning(
+            "this build is as slow as the first one: TensorRT refuses the timings in %s", timing_cache
+        )
     config.progress_monitor = _monitor_class(trt)(progress, interrupted)
     compiled = builder.build_serialized_network(network, config)
     if compiled is None or interrupted():

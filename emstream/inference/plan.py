@@ -18,10 +18,9 @@ import math
 import re
 import shlex
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -53,8 +52,8 @@ class Profile:
             raise ValueError(f"a plan's pixel type must be one of {', '.join(PLAN_TYPES)}, got {self.type!r}")
         if self.max_batch < 1:
             raise ValueError(f"a plan's largest batch must be at least 1 frame, got {self.max_batch}")
-        numbers = self.max_batch * math.prod(self.shape) * (
-            1 if self.type == "float32" else self.dtype.itemsize
+        numbers = (
+            self.max_batch * math.prod(self.shape) * (1 if self.type == "float32" else self.dtype.itemsize)
         )
         if numbers > _MOST_NUMBERS:
             raise ValueError(
@@ -194,26 +193,36 @@ def _split(rest: memoryview) -> tuple[Record, memoryview]:
     (length,) = struct.unpack_from("<Q", rest)
     if length > _LONGEST_RECORD:
         raise ValueError(f"a record of {length} bytes")
-    values = json.loads(bytes(rest[8 : 8 + length]))
-    profile, card = values["profile"], values["card"]
-    values["targets"] = tuple(values["targets"])
-    card["dose_range"] = tuple(card["dose_range"])
-    for kind, some in ((Record, values | {"profile": None, "card": None}), (Profile, profile), (EngineCard, card)):
-        _check_fields(kind, some)
+    record = _made(Record, json.loads(bytes(rest[8 : 8 + length])))
     for name in ("capability", "driver"):
-        if values[name] is not None and not re.fullmatch(r"\d+(\.\d+)*", values[name]):
-            raise ValueError(f"{name} must be a version such as 13.0, got {values[name]!r}")
-    compiled = rest[8 + length :]
-    if not compiled:
+        version = getattr(record, name)
+        if version is not None and not re.fullmatch(r"\d+(\.\d+)*", version, re.ASCII):
+            raise ValueError(f"{name} must be a version such as 13.0, got {version!r}")
+    if len(rest) == 8 + length:
         raise ValueError("it holds no compiled network")
-    return Record(**values | {"profile": Profile(**profile), "card": EngineCard(**card)}), compiled
+    return record, rest[8 + length :]
 
 
-def _check_fields(kind: type[Any], values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `values` are the fields of `kind`, each of its type."""
-    unknown = set(values) ^ {field.name for field in fields(kind)}
-    if unknown:
+def _made(kind: type[Any], values: dict[str, Any]) -> Any:
+    """The dataclass `kind` of what JSON holds; raises ValueError unless it has all fields, each of its type."""
+    kinds = get_type_hints(kind)
+    if unknown := set(values) ^ set(kinds):
         raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
-    for name, wanted in get_type_hints(kind).items():
-        value = values[name]
-        plain = get_origin(wanted) if get_origin(wanted) is tuple else wanted
+    made = {}
+    for name, wanted in kinds.items():
+        value = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        made[name] = _made(wanted, value) if is_dataclass(wanted) else value
+        if not _is(made[name], wanted):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return kind(**made)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    if get_origin(wanted) is tuple:
+        kinds = get_args(wanted)
+        if not isinstance(value, tuple) or len(value) != len(kinds) and kinds[-1] is not Ellipsis:
+            return False
+        return all(_is(each, kinds[0]) for each in value)
+    if wanted is float:
+        wanted = int | float
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))

@@ -56,6 +56,9 @@ class Program(Protocol):
     def context(self, batch: int, counts: int, expected: int, working: int) -> Context:
         """Set up for `batch` frames at the device addresses `counts`, `expected` and `working`."""
 
+    def keep_kernels(self) -> None:
+        """Keep the kernels compiled so far for the next start, where there are any."""
+
     def close(self) -> None:
         """Keep what is worth keeping for the next start, and free the rest; its contexts are gone."""
 
@@ -113,9 +116,12 @@ class TensorRTProgram:
             raise EngineError(f"TensorRT refuses a batch of {shape}: {self._logger.last_error()}")
         return _TensorRTContext(context, self._logger)
 
-    def close(self) -> None:
+    def keep_kernels(self) -> None:
         if self._cache is not None and self._cache_path is not None:
             keep(self._cache_path, bytes(self._cache.serialize()))
+
+    def close(self) -> None:
+        self.keep_kernels()
         self._how = self._cache = self._engine = self._runtime = None
 
 
