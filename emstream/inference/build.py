@@ -121,7 +121,8 @@ def _read(path: Path) -> Any:
             f"{path} is no engine: its inputs are {given or 'none'} and its outputs {made or 'none'}, "
             "expected one of each; write engines with: python -m train.export"
         )
-    model.graph.input[:] = inputs
+    for each in [each for each in model.graph.input if each.name in known]:
+        model.graph.input.remove(each)
     return model
 
 

@@ -179,7 +179,7 @@ class CachedPlansEngine(Engine):
     def _loaded(self, profile: Profile) -> Engine:
         """A new engine. What cannot be built is not tried again; what the GPU had no room for is."""
         if profile in self._refused:
-            raise self._refused[profile]
+            raise self._refused[profile].with_traceback(None)
         try:
             return self._load(profile)
         except CudaError:

@@ -247,6 +247,8 @@ class TensorRTEngine(Engine):
                 tickets = [self.submit(counts[:batch], expected[:batch]) for _ in self._lanes]
                 for ticket in tickets:
                     self.collect(ticket)
+        with self._gpu.current():
+            self._program.keep_kernels()
 
     def close(self) -> None:
         """Free what it holds on the device, once nothing is under way. A broken GPU is only logged."""
@@ -314,7 +316,7 @@ class TensorRTEngine(Engine):
         p = self._profile
         self._check_type(counts.dtype)
         batch, height, width = counts.shape
-        larger: dict[str, int] = {}
+        larger: dict[str, Any] = {}
         if batch > p.max_batch:
             larger["max_batch"] = batch
         if height > p.height or width > p.width:
@@ -394,7 +396,13 @@ def _mirror(frames: np.ndarray, known: int) -> None:
 
 def load_plan(path: Path, gpu: Gpu, flavour: Flavour, kernel_cache: Path | None = None) -> TensorRTEngine:
     """Check what the plan was built for, then load it."""
-    record, compiled = read_plan(path)
+    return load_compiled(path, *read_plan(path), gpu, flavour, kernel_cache)
+
+
+def load_compiled(
+    path: Path, record: Record, compiled: bytes, gpu: Gpu, flavour: Flavour, kernel_cache: Path | None = None
+) -> TensorRTEngine:
+    """`load_plan`, of what was read from `path` before."""
     record.check(path, flavour=flavour.name, version=flavour.version, gpu=gpu.info)
     try:
         with gpu.current():
