@@ -483,7 +483,15 @@ def test_plans_for_the_cache_are_built_on_the_gpu_that_runs_them(
         assert gpu.calls["build"] == 1
 
 
-@pytest.mark.usefixtures("no_gpu")
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("no_gpu", "heeds_ctrl_c")
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_build_that_is_interrupted_stops_and_says_so(rtx: Flavour, steps: int) -> None:
     seen: list[str] = []
@@ -515,7 +523,7 @@ def test_a_signal_during_a_build_reaches_whoever_waits_for_it(rtx: Flavour, numb
     assert came == [number]
 
 
-@pytest.mark.usefixtures("rtx", "no_gpu")
+@pytest.mark.usefixtures("rtx", "no_gpu", "heeds_ctrl_c")
 def test_ctrl_c_ends_a_build_and_writes_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def phases() -> Iterator[Any]:

@@ -186,7 +186,7 @@ def cluster(scheduler: str | None, workers: int) -> Iterator[Client]:
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}),
             LocalCluster(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1",
+                n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1",
                 memory_limit=None, silence_logs=logging.CRITICAL,
             ) as local,
             Client(local) as client,
