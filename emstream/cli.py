@@ -61,6 +61,13 @@ Device = Annotated[
     str, typer.Option(help="cpu, GPU numbers such as 0 or 0,1, or auto: a GPU where there is one.")
 ]
 ViewHost = Annotated[str, typer.Option(help="Address the live page listens on.")]
+ViewToken = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EMSTREAM_VIEW_TOKEN",
+        help="What the page asks for. [default: nothing on loopback, else a new one each time]",
+    ),
+]
 ViewPort = Annotated[int, typer.Option(help="Port of the live page; 0 picks a free one.")]
 
 
@@ -159,6 +166,7 @@ def serve(
     view: Annotated[bool, typer.Option("--view", help="Serve the live page, too.")] = False,
     view_host: ViewHost = "127.0.0.1",
     view_port: ViewPort = 8080,
+    view_token: ViewToken = None,
     as_json: Json = False,
 ) -> None:
     """The service: frames in, denoised frames out, until the input ends or Ctrl-C.
@@ -183,9 +191,9 @@ def serve(
             log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
             log.info("engine %s on %s", service.engine.name, service.engine.device)
             if view:
-                from emstream.view import ViewServer
+                from emstream.view import ViewProcess
 
-                page = ViewServer(service.publisher.endpoint, view_host, view_port)
+                page = ViewProcess(service.publisher.endpoint, view_host, view_port, view_token)
                 page.start()
                 stack.callback(page.stop)
                 log.info("live page: %s", page.url)
@@ -241,6 +249,7 @@ def view(
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
     host: ViewHost = "127.0.0.1",
     port: ViewPort = 8080,
+    token: ViewToken = None,
 ) -> None:
     """The live page of a running service: raw beside denoised.
 
@@ -251,7 +260,7 @@ def view(
     from emstream.serve import stop_on_signals
     from emstream.view import ViewServer
 
-    page = ViewServer(input, host, port)
+    page = ViewServer(input, host, port, token)
     page.start()
     typer.echo(f"live page: {page.url}   (Ctrl-C ends it)", err=True)
     stop = threading.Event()
