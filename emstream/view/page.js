@@ -11,7 +11,7 @@ import { digits, element, fixed, lengthText, setText } from "./text.js";
 import { Timeline } from "./timeline.js";
 
 const SIDES = ["raw", "denoised"];
-const REACH_M = 0.7e-10; // spacings down to here are in a Fourier transform when it is opened
+const REACH_M = 1e-10; // spacings down to here are in a Fourier transform when it is opened
 const MOST_HALVINGS = 6;
 const MESSAGE_MS = 4000;
 

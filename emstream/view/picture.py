@@ -68,7 +68,7 @@ class Painter:
             values = sample(image)
             low, high = self._contrast(kind, request.contrast(side), values, pair)
             lowest, highest = self._contrast(kind, ("percentiles", *_HISTOGRAM_PERCENTILES), values, pair)
-            integers = image.dtype.kind in "iu"
+            counted = side == "raw" and pair.raw.data.dtype.kind in "iu"
             pictures.append(
                 {
                     "name": side,
@@ -76,7 +76,7 @@ class Painter:
                     "region": region,
                     "low": low,
                     "high": high,
-                    "histogram": histogram(values, lowest, highest, integers=integers),
+                    "histogram": histogram(values, lowest, highest, 1 / averaged if counted else 0.0),
                 }
             )
             pixels.append(grey(shown, low, high).tobytes())

@@ -73,7 +73,7 @@ export class Readout {
     setText("engine-device", engine?.device ?? "");
     element("engine-device").title = engine?.device ?? "";
     const { p99 } = latest.latency_so_far_ms ?? {};
-    setText("latency-span", p99 === undefined ? "received → published" : `99 % within ${digits(p99)}`);
+    setText("latency-span", p99 === undefined ? "received → published" : `p99 ${digits(p99)}`);
 
     if (latest.frame === undefined) return;
     setText("series", latest.series);
@@ -82,6 +82,8 @@ export class Readout {
     setText("domain", { true: "in the engine's range", false: "outside engine's range" }[latest.in_domain] ?? "");
     element("dose-section").classList.toggle("alarm", latest.in_domain === false);
     setText("shape", shape(latest));
+    element("shape").title = element("shape").textContent;
+    element("series").parentElement.title = element("series").parentElement.textContent;
     setText("latency", digits(latency.total));
     for (const [name, stage] of Object.entries(STAGES)) {
       setText(name, digits(latency[stage]));
@@ -116,7 +118,7 @@ function notice(latest) {
 }
 
 function shape({ frame_shape: [height, width], exposure_s: exposure }) {
-  return `${width} × ${height} px` + (exposure ? `, ${digits(1000 * exposure)} ms` : "");
+  return `${width} × ${height} px` + (exposure ? ` · ${digits(1000 * exposure)} ms` : "");
 }
 
 function ago(milliseconds) {

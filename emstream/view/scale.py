@@ -58,17 +58,17 @@ def sample(image: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)].astype(np.float64)
 
 
-def histogram(values: np.ndarray, low: float, high: float, *, integers: bool) -> dict[str, Any]:
-    """Counts of `values` in at most `BINS` bins about from `low` to `high`: {"from", "to", "counts"}.
+def histogram(values: np.ndarray, low: float, high: float, step: float = 0.0) -> dict[str, Any]:
+    """Counts of `values` in at most about `BINS` bins from `low` to `high`: {"from", "to", "counts"}.
 
-    Integers get bins of whole numbers, each in the middle of its bin.
+    Where values are multiples of `step`, such as counts, so many of them fall into every bin, in its middle.
     """
     margin = 0.05 * (high - low)
     start, end, bins = low - margin, high + margin, BINS
-    if integers:
-        width = max(1, math.ceil((high - low + 1) / BINS))
-        start = math.floor(low) - 0.5
-        bins = max(1, math.ceil((high + 0.5 - start) / width))
+    if step:
+        width = step * max(1, math.ceil((high - low + step) / step / BINS))
+        start = (math.floor(low / step) - 0.5) * step
+        bins = max(1, math.ceil((high + step / 2 - start) / width))
         end = start + bins * width
     counts, _ = np.histogram(values, bins, (start, end))
     return {"from": start, "to": end, "counts": counts.tolist()}

@@ -47,8 +47,8 @@ def tiff(pair: Pair) -> bytes:
 def name_of(pair: Pair) -> str:
     """A file name without its suffix: camera, series and frame."""
     header = pair.raw.header
-    words = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{header.source}-{header.series}").strip("-.")[:80]
-    return "-".join(filter(None, ["emstream", words, f"{header.frame:06d}"]))
+    words = re.findall(r"[A-Za-z0-9]+", f"{header.source} {header.series}"[:80])
+    return "-".join(["emstream", *words, f"{header.frame:06d}"])
 
 
 def _per_cm(frame: Frame) -> float | None:

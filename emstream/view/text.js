@@ -23,10 +23,11 @@ export function level(number) {
   return size !== 0 && (size < 0.01 || size >= 1e5) ? number.toExponential(1) : fixed(number, size < 100 ? 2 : 0);
 }
 
-const LENGTHS = [[1e-3, "mm"], [1e-6, "µm"], [1e-9, "nm"], [1e-12, "pm"]];
+// The smallest length [m] for which a unit is used, the unit [m] and its name.
+const LENGTHS = [[1e-3, 1e-3, "mm"], [1e-6, 1e-6, "µm"], [1e-10, 1e-9, "nm"], [0, 1e-12, "pm"]];
 
-// A length [m] in the unit that makes it readable: 2 nm, 50 pm.
+// A length [m] in the unit that makes it readable: 2 nm, 0.5 nm, 50 pm.
 export function lengthText(metres, significant = 3) {
-  const [unit, name] = LENGTHS.find(([size]) => metres >= size * 0.9999999) ?? LENGTHS.at(-1);
+  const [, unit, name] = LENGTHS.find(([least]) => metres >= least * 0.9999999);
   return `${Number((metres / unit).toPrecision(significant))} ${name}`;
 }

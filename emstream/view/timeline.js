@@ -70,7 +70,7 @@ export class Timeline {
     if (track.width !== width || track.height !== height) [track.width, track.height] = [width, height];
     const context = track.getContext("2d");
     context.clearRect(0, 0, width, height);
-    const place = (key) => (last > first ? (key - first) / (last - first) : 1) * (width - 4 * devicePixelRatio) + 2 * devicePixelRatio;
+    const place = (key) => (last > first ? (key - first) / (last - first) : 1) * (width - 12 * devicePixelRatio) + 6 * devicePixelRatio;
     const line = Math.max(2, Math.round(2 * devicePixelRatio));
     context.fillStyle = "#212932";
     context.fillRect(0, (height - line) / 2, width, line);
