@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -270,6 +270,27 @@ def view(
                 pass
     finally:
         page.stop()
+
+
+@app.command()
+def status(
+    input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
+    as_json: Json = False,
+) -> None:
+    """The figures of a running service in a terminal, until Ctrl-C; with --json once.
+
+    Example: **emstream status --input tcp://127.0.0.1:5556**
+    """
+    from rich.live import Live
+
+    from emstream.status import panel, status_once, statuses
+
+    if as_json:
+        typer.echo(json.dumps(status_once(input)))
+        return
+    with suppress(KeyboardInterrupt), Live(auto_refresh=False) as display:
+        for each in statuses(input):
+            display.update(panel(each), refresh=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from emstream.ring import SeriesMark, Slot
 
 DENOISED, RAW, STATS = b"denoised", b"raw", b"stats"
 DEFAULT_QUEUE = 64
+_NEWEST = ("source", "series", "frame", "shape", "units", "pixel_size_m", "exposure_s", "dose", "in_domain")
 _DOSE_ROW_STEP = 8  # the dose is the mean over every eighth row: 0.004 electrons off at 512x512
 
 
@@ -48,6 +49,7 @@ class Publisher:
         self._dose_range = dose_range
         self._open_series: tuple[str, int | str] | None = None
         self._subscribed: set[bytes] = set()
+        self._newest: dict[str, Any] = {}
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._socket.linger = 2000
@@ -81,6 +83,8 @@ class Publisher:
             }
             message["ledger"] = self._ledger.snapshot()
             self._send(DENOISED, message, slot.result[row])
+            self._newest = {key: message[key] for key in _NEWEST if key in message}
+            self._newest["published_ns"] = published_ns
         return len(rows)
 
     def mark(self, mark: SeriesMark) -> None:
@@ -94,8 +98,9 @@ class Publisher:
         self._announce(message)
 
     def stats(self, message: Mapping[str, Any]) -> None:
-        """Send one message on the stats topic."""
-        self._socket.send_multipart([STATS, wire.pack({"htype": wire.STATS, **message})])
+        """Send one message on the stats topic, with what there is to say about the newest frame."""
+        about = {"htype": wire.STATS, "sent_ns": now_ns(), "newest": self._newest}
+        self._socket.send_multipart([STATS, wire.pack({**about, **message})])
 
     def close(self, linger_s: float = 2.0) -> None:
         """End the open series and give subscribers `linger_s` to take what is queued."""

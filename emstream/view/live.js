@@ -18,6 +18,7 @@ function decode(buffer) {
 export class Live {
   #socket = null;
   #request = "{}";
+  asked = 0; // requests that this connection has sent
 
   constructor(onMessage, onLost) {
     this.onMessage = onMessage;
@@ -30,7 +31,12 @@ export class Live {
     const text = JSON.stringify(request);
     if (text === this.#request) return;
     this.#request = text;
-    if (this.#socket.readyState === WebSocket.OPEN) this.#socket.send(text);
+    if (this.#socket.readyState === WebSocket.OPEN) this.#send();
+  }
+
+  #send() {
+    this.asked += 1;
+    this.#socket.send(this.#request);
   }
 
   #connect() {
@@ -48,7 +54,10 @@ export class Live {
       setTimeout(() => this.#connect(), RECONNECT_MS);
     };
     silence = setTimeout(lose, SILENCE_MS);
-    socket.onopen = () => socket.send(this.#request);
+    socket.onopen = () => {
+      this.asked = 0;
+      this.#send();
+    };
     socket.onclose = lose;
     socket.onmessage = ({ data }) => {
       clearTimeout(silence);

@@ -25,6 +25,7 @@ let halvings = null; // of the Fourier transform's reach; null until the pixel s
 let wiped = null; // where the line is, from 0 to 1; null is side by side
 let colourName = "grey";
 let live = null;
+let answered = -1; // request that the picture on the screen answers
 
 const viewport = new Viewport(stages, () => { draw(); ask(); });
 const timeline = new Timeline(() => ask());
@@ -44,7 +45,9 @@ function take(header) {
   }
   readout.take(header);
   timeline.take(header);
-  if (header.pictures) drawBars();
+  if (!header.pictures) return;
+  drawBars();
+  settled(header.asked);
 }
 
 function draw() {
@@ -68,6 +71,12 @@ function drawBars() {
   }
 }
 
+// Says on the body whether what is on the screen is what was asked for last.
+function settled(request) {
+  answered = request;
+  document.body.toggleAttribute("data-settled", answered === live?.asked);
+}
+
 // -- out -----------------------------------------------------------------------------
 
 function ask() {
@@ -81,6 +90,7 @@ function ask() {
     halvings: spectra ? reach() : 0,
     at: timeline.at,
   });
+  if (live) settled(answered);
 }
 
 function reach() {

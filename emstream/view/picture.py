@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from emstream import wire
 from emstream.frame import Frame
 from emstream.view.average import RunningAverage
 from emstream.view.pair import Pair
-from emstream.view.receiver import STAGES, numbers
+from emstream.view.receiver import STAGES
 from emstream.view.request import SIDES, Contrast, Request
 from emstream.view.scale import Scale, grey, histogram, sample
 from emstream.view.shrink import cut, region_of
@@ -125,7 +126,7 @@ def facts(pair: Pair) -> dict[str, Any]:
         "pixel_size_m": header.pixel_size_m,
         "exposure_s": header.exposure_s,
         "units": header.units,
-        "dose": numbers(extra, ["dose"]).get("dose"),
+        "dose": wire.numbers(extra, ["dose"]).get("dose"),
         "in_domain": in_domain if isinstance(in_domain, bool) else None,
         "latency_ms": _latency_ms(pair),
     }
@@ -134,7 +135,7 @@ def facts(pair: Pair) -> dict[str, Any]:
 def _latency_ms(pair: Pair) -> dict[str, float]:
     """The frame's own latencies [ms], named as the ledger names them."""
     frame: Frame = pair.denoised
-    at_ns = numbers(frame.header.extra.get("stages_ns"), STAGES)
+    at_ns = wire.numbers(frame.header.extra.get("stages_ns"), STAGES)
     if len(at_ns) < len(STAGES):
         return {}
     spans = [*itertools.pairwise(STAGES), (STAGES[0], STAGES[-1])]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -104,7 +103,7 @@ class Receiver:
         if parts[0].bytes == STATS and len(parts) > 1:
             message = wire.unpack(parts[1].bytes)
             self._note(message)
-            self._percentiles_ms = numbers(message.get("latency_ms"), _PERCENTILES)
+            self._percentiles_ms = wire.numbers(message.get("latency_ms"), _PERCENTILES)
             return
         frame, _ = client.read(parts)
         if frame is None:
@@ -127,7 +126,7 @@ class Receiver:
         return risen or frame.header.extra.get("in_domain") is False
 
     def _note(self, message: dict[str, Any]) -> None:
-        self._ledger = numbers(message.get("ledger"), _COUNTERS) or self._ledger
+        self._ledger = wire.numbers(message.get("ledger"), _COUNTERS) or self._ledger
         engine = message.get("engine")
         if isinstance(engine, dict):
             self._engine = {
@@ -138,7 +137,7 @@ class Receiver:
 
     def _note_rate(self, frame: Frame) -> None:
         """Frames per second that were published, whether or not they came here."""
-        published_ns = numbers(frame.header.extra.get("stages_ns"), STAGES).get("published")
+        published_ns = wire.numbers(frame.header.extra.get("stages_ns"), STAGES).get("published")
         published = self._ledger.get("published")
         if published_ns is None or published is None:
             return
@@ -155,15 +154,3 @@ class Receiver:
 def _identity(frame: Frame) -> tuple[Any, ...]:
     header = frame.header
     return header.source, header.series, header.frame, header.shape
-
-
-def numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
-    """The finite numbers among `names` in a map from the wire, which may be anything."""
-    if not isinstance(message, dict):
-        return {}
-    values = {name: message.get(name) for name in names}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }

@@ -12,10 +12,11 @@ A message on /live is binary::
 
     [length of header, 4 bytes, little endian][header, JSON][pixels, uint8 (h, w) of each picture]
 
-The header always has the keys of `Receiver.status` and ``history``, what the viewer may step
-back through. Those of `Picture.header` and the pixels come only with a pair that this viewer has
-not been shown as it wants it; ``pictures`` says in which order, with shape, region, contrast and
-histogram of each. A viewer sends the word ``shown``, the acknowledgement, or a `Request` as JSON.
+The header always has the keys of `Receiver.status`, ``history``, what the viewer may step back
+through, and ``asked``, the requests heard from it so far. Those of `Picture.header` and the pixels
+come only with a pair that this viewer has not been shown as it wants it; ``pictures`` says in which
+order, with shape, region, contrast and histogram of each. A viewer sends the word ``shown``, the
+acknowledgement, or a `Request` as JSON.
 
 ``/header.json?key=`` and ``/snapshot.tif?key=`` are a pair with all it came with.
 """
@@ -227,7 +228,10 @@ class ViewServer:
     async def _show(self, viewer: Viewer, browser: WebSocket) -> None:
         while True:
             request, past = viewer.request, self._past(viewer)
-            message = self._receiver.status() | {"history": extent(self._receiver.history.of(viewer))}
+            message = self._receiver.status() | {
+                "history": extent(self._receiver.history.of(viewer)),
+                "asked": viewer.asked,
+            }
             if past and viewer.wants(past[-1]):
                 picture = await self._painted(past, request)
                 await browser.send_bytes(_message(message | picture.header, picture.pixels))

@@ -23,6 +23,8 @@ export function png(sides, { titles, line, bar, wiped }) {
     context.beginPath();
     context.rect(from + begin, top, width - begin, height);
     context.clip();
+    context.fillStyle = "#050708";
+    context.fill();
     side.paint(context, from, top);
     if (!side.spectrumBox.hidden) paintSpectrum(context, side, from, top);
     context.restore();

@@ -14,6 +14,8 @@ class Viewer:
 
     def __init__(self) -> None:
         self.request = Request()
+        self.asked = 0
+        """Requests heard so far."""
         self.shown: Pair | None = None
         self._shown_as: Request | None = None
         self._acknowledged = asyncio.Event()
@@ -29,6 +31,7 @@ class Viewer:
             self._acknowledged.set()
             return
         self.request = parse(text)
+        self.asked += 1
         self._news.set()
 
     def wants(self, pair: Pair | None) -> bool:
