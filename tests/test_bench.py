@@ -57,6 +57,18 @@ def test_throughput_compares_with_the_relay_and_loses_nothing(bench: Any) -> Non
             assert played["ledger"]["published"] == played["ledger"]["received"] == played["frames"]
 
 
+def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
+    results = bench("viewers", "--engine", "identity", "--size", "64", "--rate", "20")
+    assert results["latency_ms"].keys() == {"alone", "watched"}
+    for latency in results["latency_ms"].values():
+        assert latency.keys() == {"frames", *PERCENTILES}
+        assert latency["frames"]
+    assert results["ledger"].keys() == LEDGER
+    assert results["ledger"]["received"] == results["ledger"]["published"]
+    (shown,) = results["pictures"]
+    assert min(shown.values()) > 0
+
+
 def test_latency_has_every_stage_at_every_load(bench: Any, tmp_path: Path) -> None:
     results = bench("latency", "--engine", "identity", "--full-load", "100", "--size", "64", "--soak", "1")
     assert results["summary"].keys() == {

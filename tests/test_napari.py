@@ -124,11 +124,12 @@ def test_manifest_is_one_that_napari_reads() -> None:
 
 WITH_NAPARI = """
 import sys, threading
-import napari
+from napari.components import ViewerModel  # all of a viewer but its window, which needs OpenGL
 from qtpy.QtWidgets import QApplication
 from emstream.napari import live_widget
 
-viewer = napari.Viewer(show=False)
+application = QApplication([])
+viewer = ViewerModel()
 widget = live_widget(viewer)
 widget[0].value = sys.argv[1]
 widget[2].value = True
@@ -140,7 +141,6 @@ while not len(viewer.layers) and waited < 4000:
 layer = viewer.layers[0]
 print(layer.name, layer.data.shape, layer.metadata["emstream"]["engine"]["name"], list(layer.scale), layer.units)
 widget[2].value = False
-viewer.close()
 """
 
 

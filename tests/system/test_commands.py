@@ -201,7 +201,7 @@ def test_output_port_in_use_is_explained(context: zmq.Context[Any]) -> None:
     taken.close()
 
 
-@pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "denoise", "info"])
+@pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "status", "denoise", "info"])
 def test_help_has_an_example(command: str) -> None:
     done = emstream(command, "--help")
     assert done.returncode == 0
