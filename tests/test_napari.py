@@ -139,7 +139,7 @@ while not len(viewer.layers) and waited < 4000:
     tick.wait(0.005)
     waited += 1
 layer = viewer.layers[0]
-print(layer.name, layer.data.shape, layer.metadata["emstream"]["engine"]["name"], list(layer.scale), layer.units)
+print(layer.name, layer.data.shape, layer.metadata["emstream"]["engine"]["name"], [float(s) for s in layer.scale], layer.units)
 widget[2].value = False
 """
 
@@ -159,5 +159,5 @@ def test_live_layer_in_napari_itself(run: Rig) -> None:
             number += 1
         said, complaint = child.communicate()
     assert child.returncode == 0, complaint
-    assert said.startswith("emstream denoised (32, 48) identity [0.0062")
+    assert said.startswith("emstream denoised (32, 48) identity [0.0062"), said
     assert "nanometer" in said

@@ -13,7 +13,9 @@ class RunningAverage:
     """The mean of the last raw frames; from one frame to the next only what changed is added and taken away."""
 
     def __init__(self) -> None:
-        self._summed: dict[int, Pair] = {}
+        self.last_key = 0
+        """Of the pair that was asked for last."""
+        self._summed: dict[int, np.ndarray] = {}
         self._sum = np.zeros((0, 0))
 
     def of(self, pairs: Sequence[Pair], frames: int) -> tuple[np.ndarray, int]:
@@ -21,7 +23,7 @@ class RunningAverage:
 
         Only frames of the last one's series and shape count; there may be fewer than asked for.
         """
-        wanted = {pair.key: pair for pair in last_of_series(pairs, frames)}
+        wanted = {pair.key: pair.raw.data for pair in last_of_series(pairs, frames)}
         added = wanted.keys() - self._summed.keys()
         removed = self._summed.keys() - wanted.keys()
         shape = pairs[-1].raw.header.shape
@@ -30,10 +32,10 @@ class RunningAverage:
             self._sum = np.zeros(shape)
             self._summed, added, removed = {}, set(wanted), set()
         for key in added:
-            self._sum += wanted[key].raw.data
+            self._sum += wanted[key]
         for key in removed:
-            self._sum -= self._summed[key].raw.data
-        self._summed = wanted
+            self._sum -= self._summed[key]
+        self._summed, self.last_key = wanted, pairs[-1].key
         return (self._sum / len(wanted)).astype(np.float32), len(wanted)
 
 

@@ -14,7 +14,7 @@ from emstream.frame import Frame
 from emstream.view.average import RunningAverage
 from emstream.view.pair import Pair
 from emstream.view.receiver import STAGES
-from emstream.view.request import SIDES, Contrast, Request
+from emstream.view.request import MOST_AVERAGED, SIDES, Contrast, Request
 from emstream.view.scale import Scale, grey, histogram, sample
 from emstream.view.shrink import cut, region_of
 from emstream.view.spectrum import spectrum
@@ -99,8 +99,11 @@ class Painter:
         return Picture(pair, {**facts(pair), "averaged": averaged, "pictures": pictures}, b"".join(pixels))
 
     def _average(self, pairs: Sequence[Pair], frames: int) -> tuple[np.ndarray, int]:
-        if len(self._averages) > 4 and frames not in self._averages:
-            self._averages.clear()
+        # One that nobody looks at any more must not keep its frames.
+        newest = pairs[-1].key
+        self._averages = {
+            n: each for n, each in self._averages.items() if newest - each.last_key < MOST_AVERAGED
+        }
         return self._averages.setdefault(frames, RunningAverage()).of(pairs, frames)
 
     def _contrast(self, kind: str, contrast: Contrast, values: np.ndarray, pair: Pair) -> tuple[float, float]:
