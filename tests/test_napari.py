@@ -139,7 +139,8 @@ while not len(viewer.layers) and waited < 4000:
     tick.wait(0.005)
     waited += 1
 layer = viewer.layers[0]
-print(layer.name, layer.data.shape, layer.metadata["emstream"]["engine"]["name"], [float(s) for s in layer.scale], layer.units)
+engine = layer.metadata["emstream"]["engine"]["name"]
+print(layer.name, layer.data.shape, engine, [float(length) for length in layer.scale], layer.units)
 widget[2].value = False
 """
 

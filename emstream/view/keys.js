@@ -32,4 +32,6 @@ export function listen(keys) {
   });
 }
 
-const LABELS = { space: "space", ArrowLeft: "←", ArrowRight: "→", Home: "Home", End: "End", "-": "−" };
+const LABELS = {
+  space: "space", ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Home: "Home", End: "End", "-": "−",
+};

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from emstream.frame import Frame
 from emstream.view.average import RunningAverage
 from emstream.view.pair import Pair
 from emstream.view.receiver import STAGES
-from emstream.view.request import MOST_AVERAGED, SIDES, Contrast, Request
+from emstream.view.request import MOST_AVERAGED, Contrast, Request
 from emstream.view.scale import Scale, grey, histogram, sample
 from emstream.view.shrink import cut, region_of
 from emstream.view.spectrum import spectrum
@@ -61,42 +61,35 @@ class Painter:
         raw, averaged = pair.raw.data, 1
         if request.average > 1:
             raw, averaged = self._average(pairs, request.average)
-        pictures, pixels = [], []
-        for side, image in zip(SIDES, (raw, pair.denoised.data), strict=True):
-            # An average has a contrast of its own: it is that of a calmer picture.
-            kind = f"{side}/{request.average}" if side == "raw" else side
-            shown, region = cut(image, request)
-            values = sample(image)
-            low, high = self._contrast(kind, request.contrast(side), values, pair)
-            lowest, highest = self._contrast(kind, ("percentiles", *_HISTOGRAM_PERCENTILES), values, pair)
-            counted = side == "raw" and pair.raw.data.dtype.kind in "iu"
-            pictures.append(
-                {
-                    "name": side,
-                    "shape": shown.shape,
-                    "region": region,
-                    "low": low,
-                    "high": high,
-                    "histogram": histogram(values, lowest, highest, 1 / averaged if counted else 0.0),
-                }
-            )
-            pixels.append(grey(shown, low, high).tobytes())
-            if side in request.spectra:
-                top, left, height, width = region_of(image.shape, request)
-                power = spectrum(image[top : top + height, left : left + width], request.halvings)
-                kind = f"{kind} spectrum"
-                low, high = self._contrast(kind, ("percentiles", *_SPECTRUM_PERCENTILES), sample(power), pair)
-                pictures.append(
-                    {
-                        "name": f"{side}-spectrum",
-                        "shape": power.shape,
-                        "low": low,
-                        "high": high,
-                        "halvings": request.halvings,
-                    }
-                )
-                pixels.append(grey(power, low, high).tobytes())
-        return Picture(pair, {**facts(pair), "averaged": averaged, "pictures": pictures}, b"".join(pixels))
+        step = 1 / averaged if pair.raw.data.dtype.kind in "iu" else 0.0
+        painted = [
+            *self._paint_side("raw", raw, request, pair, step),
+            *self._paint_side("denoised", pair.denoised.data, request, pair, 0.0),
+        ]
+        header = {**facts(pair), "averaged": averaged, "pictures": [about for about, _ in painted]}
+        return Picture(pair, header, b"".join(pixels for _, pixels in painted))
+
+    def _paint_side(
+        self, side: str, image: np.ndarray, request: Request, pair: Pair, step: float
+    ) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """What is said about each picture of a side, and its pixels; values of `image` are multiples of `step`."""
+        # An average has a contrast of its own: it is that of a calmer picture.
+        kind = f"{side}/{request.average}" if side == "raw" else side
+        shown, region = cut(image, request)
+        values = sample(image)
+        low, high = self._contrast(kind, request.contrast(side), values, pair)
+        ends = self._contrast(kind, ("percentiles", *_HISTOGRAM_PERCENTILES), values, pair)
+        about = {"name": side, "shape": shown.shape, "region": region, "low": low, "high": high}
+        about["histogram"] = histogram(values, *ends, step)
+        yield about, grey(shown, low, high).tobytes()
+        if side not in request.spectra:
+            return
+        top, left, height, width = region_of(image.shape, request)
+        power = spectrum(image[top : top + height, left : left + width], request.halvings)
+        kind = f"{kind} spectrum"
+        low, high = self._contrast(kind, ("percentiles", *_SPECTRUM_PERCENTILES), sample(power), pair)
+        about = {"name": f"{side}-spectrum", "shape": power.shape, "low": low, "high": high}
+        yield {**about, "halvings": request.halvings}, grey(power, low, high).tobytes()
 
     def _average(self, pairs: Sequence[Pair], frames: int) -> tuple[np.ndarray, int]:
         # One that nobody looks at any more must not keep its frames.
