@@ -64,7 +64,7 @@ _PAGE = {
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
-        "default-src 'self'; img-src data: blob:; frame-ancestors 'none'; base-uri 'none'"
+        "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
     ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
