@@ -53,7 +53,7 @@ function take(header) {
 function draw() {
   for (const side of sides) side.draw();
   drawBars();
-  setText("zoom", viewport.fitted ? "fit" : `${digits(100 * viewport.zoom / devicePixelRatio)} %`);
+  setText("zoom", viewport.fitted ? "fit" : `${digits(100 * viewport.zoom)} %`);
 }
 
 function bar() {
@@ -182,6 +182,7 @@ for (const side of sides) {
 
 async function savePng() {
   const { key, averaged, frame, series, dose, engine, source } = latest;
+  if (!key) return say("There is no frame yet");
   const [titles, wipedAt, scale] = [
     [averaged > 1 ? `Average of ${averaged} raw frames` : "Raw", "Denoised"], wiped, bar()];
   const line = [
@@ -204,6 +205,7 @@ async function savePng() {
 }
 
 async function saveTiff() {
+  if (!latest.key) return say("There is no frame yet");
   const answer = await fetch(`snapshot.tif?key=${latest.key}`);
   if (!answer.ok) return say(await answer.text());
   const name = answer.headers.get("Content-Disposition").match(/filename="(.*)"/)[1];

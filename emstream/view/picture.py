@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,23 +37,25 @@ class Picture:
 
 
 class Painter:
-    """Turns pairs into pictures, in order; the scales follow the frames smoothly. One thread at a time."""
+    """Turns pairs into pictures, in order; the scales follow the frames smoothly."""
 
     def __init__(self) -> None:
         self._series: tuple[Any, ...] | None = None
         self._scales: dict[tuple[str, tuple[float, float]], Scale] = {}
         self._averages: dict[int, RunningAverage] = {}
         self._painted: dict[tuple[int, Request], Picture] = {}
+        self._lock = threading.Lock()  # a viewer who leaves does not take the thread along that paints for it
 
     def paint(self, pairs: Sequence[Pair], request: Request) -> Picture:
         """The last of `pairs` as `request` wants it; those before it are there to be averaged."""
-        found = self._painted.get((pairs[-1].key, request))
-        if found is None or found.pair is not pairs[-1]:
-            found = self._paint(pairs, request)
-            self._painted[pairs[-1].key, request] = found
-            if len(self._painted) > _MOST_KEPT:
-                del self._painted[next(iter(self._painted))]
-        return found
+        with self._lock:
+            found = self._painted.get((pairs[-1].key, request))
+            if found is None or found.pair is not pairs[-1]:
+                found = self._paint(pairs, request)
+                self._painted[pairs[-1].key, request] = found
+                if len(self._painted) > _MOST_KEPT:
+                    del self._painted[next(iter(self._painted))]
+            return found
 
     def _paint(self, pairs: Sequence[Pair], request: Request) -> Picture:
         pair = pairs[-1]

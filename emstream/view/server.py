@@ -63,9 +63,7 @@ _PAGE = {
 }
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
-    ),
+    "Content-Security-Policy": ("default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
