@@ -9,8 +9,8 @@ on both. Everybody is --viewers browsers' worth of clients that show and acknowl
 with a zoom of its own, one more that stops reading, and one behind a link throttled to --link-kb
 kilobytes/s. The page runs in a process of its own, as `emstream serve --view` starts it.
 
-Timed span: from the moment when a frame was *due* at the camera to its receipt by the subscriber.
-The ledger must not lose a frame in either.
+Timed span: from the moment when a frame was *due* at the camera to its receipt by the subscriber;
+beside it the pipeline's own part, from received to published. The ledger must not lose a frame in either.
 """
 
 from __future__ import annotations
@@ -110,15 +110,17 @@ def _run(arguments: Any, turns: list[str]) -> dict[str, Any]:
                     _wait_until(spans[-1][2])
                     if crowd:
                         shown.append(crowd.shown())
-            receipts: list[tuple[int, int]] = subscriber.answer(within_s=60)
+            receipts: list[tuple[int, int, int]] = subscriber.answer(within_s=60)
             late_ms = camera.answer()
         service.stop()
         ledger: dict[str, int] = service.answer()["ledger"]
     latency: dict[str, list[float]] = {kind: [] for kind in _KINDS}
-    for due_ns, received_ns in receipts:
+    pipeline: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    for due_ns, received_ns, pipeline_ns in receipts:
         for kind, begin_ns, end_ns in spans:
             if begin_ns <= due_ns < end_ns:
                 latency[kind].append((received_ns - due_ns) / 1e6)
+                pipeline[kind].append(pipeline_ns / 1e6)
     return {
         "frames": frames,
         "arrived": len(receipts) - _WARMUP,
@@ -127,6 +129,7 @@ def _run(arguments: Any, turns: list[str]) -> dict[str, Any]:
         "latency_ms": {
             kind: {"frames": len(each), **report.percentiles(each)} for kind, each in latency.items()
         },
+        "pipeline_ms": {kind: report.percentiles(each) for kind, each in pipeline.items()},
         "pictures": shown,
     }
 
@@ -247,7 +250,14 @@ def _camera(pipe: Connection, size: int, frames: int, rate: float) -> None:
 
 def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str) -> None:
     subscriber = rig.Subscriber(endpoint, receipts_endpoint)
-    receipts = [(header["scheduled_ns"], received_ns) for received_ns, header, _ in subscriber.frames()]
+    receipts = [
+        (
+            header["scheduled_ns"],
+            received_ns,
+            header["stages_ns"]["published"] - header["stages_ns"]["received"],
+        )
+        for received_ns, header, _ in subscriber.frames()
+    ]
     subscriber.close()
     pipe.send(receipts)
 
@@ -258,8 +268,9 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str) -> None
 def _markdown(results: dict[str, Any]) -> str:
     rows = []
     for kind in _KINDS:
-        latency = results["latency_ms"][kind]
-        rows.append([{"alone": "nobody", "watched": "everybody"}[kind], *latency.values()])
+        latency, pipeline = results["latency_ms"][kind], results["pipeline_ms"][kind]
+        looking = {"alone": "nobody", "watched": "everybody"}[kind]
+        rows.append([looking, *latency.values(), *(pipeline[name] for name in ("p50", "p99", "max"))])
     ledger = results["ledger"]
     pictures = [n for turn in results["pictures"] for name, n in turn.items() if name.startswith("viewer")]
     return "\n\n".join(
@@ -267,8 +278,16 @@ def _markdown(results: dict[str, Any]) -> str:
             f"{results['size']}x{results['size']} uint8 at {results['rate_per_s']:g} frames/s, one service and one "
             f"run, in turns. Everybody: {results['viewers']} viewers, each with its own part of the picture, one that "
             f"stops reading, one on a link of {results['link_kb_per_s']:g} kB/s. "
-            "From the camera's schedule to a subscriber [ms]:",
-            report.table(["looking", "frames", *report.PERCENTILES], rows),
+            "From the camera's schedule to a subscriber, and of that from received to published [ms]:",
+            report.table(
+                [
+                    "looking",
+                    "frames",
+                    *report.PERCENTILES,
+                    *(f"pipeline, {name}" for name in ("p50", "p99", "max")),
+                ],
+                rows,
+            ),
             f"Ledger: {ledger['received']} received, {ledger['published']} published, {ledger['dropped']} dropped, "
             f"{ledger['missing']} missing. A viewer was shown {np.mean(pictures):.0f} pictures in a turn on average.",
         ]

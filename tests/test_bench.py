@@ -60,9 +60,10 @@ def test_throughput_compares_with_the_relay_and_loses_nothing(bench: Any) -> Non
 def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
     results = bench("viewers", "--engine", "identity", "--size", "64", "--rate", "20")
     assert results["latency_ms"].keys() == {"alone", "watched"}
-    for latency in results["latency_ms"].values():
+    for kind, latency in results["latency_ms"].items():
         assert latency.keys() == {"frames", *PERCENTILES}
         assert latency["frames"]
+        assert 0 < results["pipeline_ms"][kind]["p50"] <= latency["max"]
     assert results["ledger"].keys() == LEDGER
     assert results["ledger"]["received"] == results["ledger"]["published"]
     (shown,) = results["pictures"]
