@@ -23,6 +23,7 @@ let average = 1;
 let spectra = false;
 let halvings = null; // of the Fourier transform's reach; null until the pixel size is known
 let wiped = null; // where the line is, from 0 to 1; null is side by side
+let pointed = null; // side whose Fourier transform the pointer is in
 let colourName = "grey";
 let live = null;
 let answered = -1; // request that the picture on the screen answers
@@ -47,6 +48,7 @@ function take(header) {
   timeline.take(header);
   if (!header.pictures) return;
   drawBars();
+  sides.forEach(nameEdge);
   settled(header.asked);
 }
 
@@ -173,9 +175,22 @@ for (const side of sides) {
   canvas.addEventListener("pointermove", (event) => {
     const place = canvas.getBoundingClientRect();
     const pixels = side.spacing((event.clientX - place.left) / place.width, (event.clientY - place.top) / place.height);
-    setText(caption, latest.pixel_size_m ? lengthText(pixels * latest.pixel_size_m) : `${digits(pixels)} px`);
+    pointed = side;
+    setText(caption, spacingText(pixels));
   });
-  canvas.addEventListener("pointerleave", () => setText(caption, ""));
+  canvas.addEventListener("pointerleave", () => {
+    pointed = null;
+    nameEdge(side);
+  });
+}
+
+const spacingText = (pixels) =>
+  (latest.pixel_size_m ? lengthText(pixels * latest.pixel_size_m) : `${digits(pixels)} px`);
+
+// Says what spacing the edges of a Fourier transform stand for, as long as nobody points into it.
+function nameEdge(side) {
+  if (side.spectrumBox.hidden || pointed === side) return;
+  setText(side.spectrumBox.querySelector("figcaption"), `edge ${spacingText(side.edgeSpacing)}`);
 }
 
 // -- files -----------------------------------------------------------------------------

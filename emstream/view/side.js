@@ -101,10 +101,15 @@ export class Side {
     canvas.dataset.halvings = this.#spectrum.halvings;
   }
 
+  // Spacing [px of the frame] at the edges of the Fourier transform.
+  get edgeSpacing() {
+    return 2 * 2 ** this.#spectrum.halvings;
+  }
+
   // Spacing [px of the frame] that a place in the Fourier transform stands for, from 0 to 1 across and down.
   spacing(across, down) {
     const [height, width] = this.#spectrum.shape;
-    const edge = 0.5 / 2 ** this.#spectrum.halvings; // cycles per pixel
+    const edge = 1 / this.edgeSpacing; // cycles per pixel
     const x = ((across * width - 0.5 - Math.floor(width / 2)) / (width / 2)) * edge;
     const y = ((down * height - 0.5 - Math.floor(height / 2)) / (height / 2)) * edge;
     return 1 / Math.hypot(x, y);

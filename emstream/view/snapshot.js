@@ -26,11 +26,11 @@ export function png(sides, { titles, line, bar, wiped }) {
     context.fillStyle = "#050708";
     context.fill();
     side.paint(context, from, top);
-    if (!side.spectrumBox.hidden) paintSpectrum(context, side, from, top);
+    if (wiped === null || i === 0) paintBar(context, bar, from, top + height, unit);
+    if (!side.spectrumBox.hidden) paintSpectrum(context, side, from, top, unit);
     context.restore();
     const right = wiped !== null && i === 1;
     write(context, titles[i], right ? canvas.width - 4 * unit : from + 4 * unit, 14 * unit, 11 * unit, TEXT, right);
-    if (wiped === null || i === 0) paintBar(context, bar, from, top + height, unit);
   });
   write(context, line, 4 * unit, top + height + 15 * unit, 9.5 * unit, DIM, false, canvas.width - 8 * unit);
   return async (header) => {
@@ -48,7 +48,7 @@ export function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-function paintSpectrum(context, side, left, top) {
+function paintSpectrum(context, side, left, top, unit) {
   const stage = side.canvas.getBoundingClientRect();
   const box = side.spectrumCanvas.getBoundingClientRect();
   const [x, y, width, height] = [box.left - stage.left, box.top - stage.top, box.width, box.height]
@@ -57,6 +57,7 @@ function paintSpectrum(context, side, left, top) {
   context.drawImage(side.spectrumCanvas, left + x, top + y, width, height);
   context.strokeStyle = DIM;
   context.strokeRect(left + x, top + y, width, height);
+  write(context, side.spectrumBox.textContent.trim(), left + x + 4 * unit, top + y + 10 * unit, 8 * unit, TEXT);
 }
 
 function paintBar(context, { width, text }, left, foot, unit) {

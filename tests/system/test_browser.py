@@ -572,6 +572,8 @@ def test_fourier_transforms_of_both_sides_show_the_lattice(page: Tab) -> None:
         assert bright[12 - 8, 16 + 8] > 200
         assert bright[12 + 8, 16 + 8] > 200
         assert np.median(bright) < 120
+    edge = "document.querySelector('#raw-spectrum-box figcaption').textContent"
+    assert page.evaluate(edge) == "edge 80 pm"
     # Its spacing is read off at the peak: 1 / hypot(1/16, 1/12) pixels of 10 pm.
     box = page.evaluate("document.getElementById('raw-spectrum').getBoundingClientRect().toJSON()")
     x = box["left"] + (16 + 8 + 0.5) / 32 * box["width"]
