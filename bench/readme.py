@@ -19,7 +19,7 @@ def fill(readme: str) -> str:
         body = body.replace("\n## ", "\n#### ")
         return f"<!-- bench: {match[1]} -->\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- bench: (\w+) -->.*?<!-- end -->", table, readme, flags=re.DOTALL)
+    return re.sub(r"<!-- bench: ([\w/]+) -->.*?<!-- end -->", table, readme, flags=re.DOTALL)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -317,14 +317,16 @@ def denoise(
     from emstream.denoise import denoise_file
     from emstream.inference import load_engine
 
-    loaded = load_engine(engine, precision=precision, threads=threads, device=device)
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
         TextColumn("frames"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with (
+        closing(load_engine(engine, precision=precision, threads=threads, device=device)) as loaded,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
         task = progress.add_task(input.name, total=None)
         report = denoise_file(
             input, output, loaded, gain=gain, offset=offset, dataset=dataset, overwrite=overwrite,
@@ -348,9 +350,13 @@ def build(
         Path | None, typer.Option("-o", "--output", help="MODEL.plan, or a folder with --all.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every plan in engines/plans.toml.")] = False,
-    size: Annotated[str, typer.Option(help="Frame size, rows x columns [px].")] = "512x512",
-    type: Annotated[str, typer.Option(help="Pixel type: uint8, uint16, uint32 or float32.")] = "uint8",
-    max_batch: Annotated[int, typer.Option(help="Most frames in a batch.")] = 8,
+    size: Annotated[
+        str | None, typer.Option(help="Frame size, rows x columns [px]. [default: 512x512]")
+    ] = None,
+    type: Annotated[
+        str | None, typer.Option(help="Pixel type: uint8, uint16, uint32 or float32. [default: uint8]")
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most frames in a batch. [default: 8]")] = None,
     flavour: Annotated[
         str | None,
         typer.Option(help="tensorrt or tensorrt-rtx. [default: what is installed and can build here]"),
@@ -366,28 +372,43 @@ def build(
 
     if everything == (model is not None):
         raise ValueError("give either MODEL.onnx or --all")
+    options: dict[str, Any] = {"size": size, "type": type, "max_batch": max_batch}
+    given = {name: value for name, value in options.items() if value is not None}
+    if model is None:
+        if given:
+            words = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"with --all, engines/plans.toml says what each plan is for; leave out {words}")
+        if output is None or output.suffix == ".plan":
+            raise ValueError(f"--all needs a folder for the plans: -o FOLDER, got {output or 'none'}")
     chosen, gpu = builder(flavour, device)
+    if model is not None:
+        order = PlanOrder(model, output or Path(model.stem + ".plan"), **given)
+        with _phases() as progress:
+            report = build_one(order, chosen, gpu, progress)
+        _print_report(report, as_json)
+        return
+    assert output is not None
     with _phases() as progress:
-        if model is None:
-            reports = build_all(output or Path(), chosen, gpu, progress)
-            brief = {name: each.get("error") or each["plan"] for name, each in reports.items()}
-            _print_report(reports if as_json else brief, as_json)
-            if all("error" in each for each in reports.values()):
-                raise typer.Exit(1)
-            return
-        order = PlanOrder(model, output or Path(model.stem + ".plan"), size, type, max_batch)
-        report = build_one(order, chosen, gpu, progress)
-    _print_report(report, as_json)
+        reports = build_all(output, chosen, gpu, progress)
+    brief = {name: next(iter(each.values())) for name, each in reports.items()}
+    _print_report(reports if as_json else brief, as_json)
+    failed = [each for each in reports.values() if "error" in each]
+    if failed or all("missing" in each for each in reports.values()):
+        raise typer.Exit(1)
 
 
 @contextmanager
-def _phases() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each of TensorRT's phases that is under way."""
+def _phases() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar for each of TensorRT's phases that is under way; none where nobody sees it."""
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
     tasks: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
 
         def step(phase: str, done: int, total: int) -> None:
             if phase not in tasks:

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import logging
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -30,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from emstream.errors import CudaError
+
+log = logging.getLogger(__name__)
 
 PORTABLE, WRITE_COMBINED = 1, 4  # CU_MEMHOSTALLOC_*: page-locked for every context; not cached by the CPU
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the default stream
@@ -218,7 +221,12 @@ def _driver() -> _PyCuda | _Bindings:
     if not driver_present():
         raise CudaError(f"no NVIDIA driver: {_DRIVER} cannot be loaded")
     if importlib.util.find_spec("pycuda"):
-        return _PyCuda()
+        try:
+            return _PyCuda()
+        except CudaError as error:
+            if not _has_bindings():
+                raise
+            log.warning("cuda-bindings are used: %s", error)
     if _has_bindings():
         return _Bindings()
     raise CudaError("neither pycuda nor cuda-bindings is installed: pip install 'emstream[rtx]'")

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from emstream.errors import EngineError
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark
@@ -105,7 +106,8 @@ class Intake:
         self._ledger.number(header.source, header.series, header.frame)
         try:
             row = self._reserve(header)
-        except MemoryError:
+        except (MemoryError, EngineError) as error:
+            log.debug("%r", error)
             self._count_rejected(
                 f"no memory for a frame of {header.shape[0]}x{header.shape[1]} {header.type}"
             )

@@ -16,10 +16,11 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from emstream.errors import EmstreamError
+from emstream.errors import CudaError, EmstreamError
 from emstream.frame import now_ns
 from emstream.inference.engine import Engine
 from emstream.intake import Intake, Source
@@ -29,6 +30,15 @@ from emstream.ring import Ring, SeriesMark, Slot
 
 log = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
+_SAY_AGAIN_S = 10.0
+_MAX_KINDS = 100
+_GPU_IS_LOST = 20  # batches in a row that CUDA refused: what such an error spoils only a new process mends
+
+
+@dataclass
+class _Failures:
+    frames: int = 0
+    quiet_until_ns: int = 0
 
 
 class Pipeline:
@@ -66,6 +76,8 @@ class Pipeline:
         self._stopping = threading.Event()
         self._aborting = threading.Event()
         self._fault: BaseException | None = None
+        self._failures: dict[str, _Failures] = {}
+        self._refused = 0  # batches in a row, by CUDA
         self._first_published_ns = self._last_published_ns = 0
 
     def stop(self) -> None:
@@ -193,11 +205,36 @@ class Pipeline:
     def _attempt(self, slot: Slot, work: Callable[..., Any], *arguments: Any) -> Any:
         """Let the engine work on a batch; None when that raised, which costs the batch."""
         try:
-            return work(*arguments)
-        except Exception:
-            log.exception("engine failed on %d frames from frame %d on", len(slot), slot.headers[0].frame)
+            done = work(*arguments)
+        except Exception as error:
+            self._say_failed(slot, error)
             self._settle(slot, self._ledger.fail)
+            self._refused = self._refused + 1 if isinstance(error, CudaError) else 0
+            if self._refused >= _GPU_IS_LOST and self._fault is None:
+                self._fault = CudaError(f"the GPU is lost, {self._refused} batches failed in a row: {error}")
+                self._abort()
             return None
+        if work == self._engine.collect:
+            self._refused = 0
+        return done
+
+    def _say_failed(self, slot: Slot, error: Exception) -> None:
+        """A new kind of failure whole, one that goes on as a line now and then."""
+        kind = self._failures.setdefault(f"{type(error).__name__}: {error}"[:200], _Failures())
+        if len(self._failures) > _MAX_KINDS:
+            del self._failures[next(iter(self._failures))]
+        kind.frames += len(slot)
+        if now_ns() < kind.quiet_until_ns:
+            return
+        first = kind.quiet_until_ns == 0
+        kind.quiet_until_ns = now_ns() + int(_SAY_AGAIN_S * 1e9)
+        log.error(
+            "engine failed on %d frames up to frame %d: %s",
+            kind.frames,
+            slot.headers[-1].frame,
+            error,
+            exc_info=error if first and not isinstance(error, EmstreamError) else None,
+        )
 
     def _settle(self, slot: Slot, count: Callable[[int], None]) -> None:
         count(len(slot))

@@ -153,20 +153,19 @@ class Ring:
     def reserve(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray | None:
         """A row (H, W) to write the next frame into, or None when every slot is taken."""
         with self._changed:
-            filling = self._filling
-            if filling is not None and (filling.shape != shape or filling.dtype != dtype):
+            slot = self._filling
+            if slot is not None and (slot.shape != shape or slot.dtype != dtype):
                 self._close_filling()
-                filling = None
-            if filling is None:
+                slot = None
+            self._writing = slot is not None
+            if slot is None:
                 if not self._free:
                     return None
-                # Prepared while still FREE: should memory run out, no slot is lost.
-                self._free[0].prepare(shape, dtype, self.max_batch, self._allocate)
-                filling = self._filling = self._free.popleft()
-                filling.state = State.FILLING
-            self._writing = True
-            row: np.ndarray = filling._rows[len(filling.headers)]
-            return row
+                slot = self._free.popleft()
+        if not self._writing:
+            self._begin(slot, shape, dtype)
+        row: np.ndarray = slot._rows[len(slot)]
+        return row
 
     def commit(self, header: FrameHeader, received_ns: int) -> None:
         """The reserved row is whole."""
@@ -261,6 +260,18 @@ class Ring:
         with self._changed:
             waiting = sum(len(item) for item in self._waiting if isinstance(item, Slot))
             return waiting + (len(self._filling) if self._filling else 0)
+
+    def _begin(self, slot: Slot, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        """Fill this slot from now on. Its memory may take a while: the engine's threads go on meanwhile."""
+        try:
+            slot.prepare(shape, dtype, self.max_batch, self._allocate)
+        except BaseException:
+            with self._changed:
+                self._release(slot)
+            raise
+        with self._changed:
+            slot.state = State.FILLING
+            self._filling, self._writing = slot, True
 
     # -- both, lock held --------------------------------------------------------
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import signal
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from emstream.errors import EngineError, EngineUnavailable
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
@@ -28,6 +30,8 @@ from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.ring import Ring
 from emstream.sources import open_source
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
+
+log = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = "tcp://127.0.0.1:5556"
 
@@ -120,15 +124,49 @@ def build(
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
     keep_freed_blocks()
     ledger = Ledger()
-    engine = engine or load_engine(
-        settings.engine, precision=settings.precision, threads=settings.threads, device=settings.device
-    )
+    with contextlib.ExitStack() as stack:
+        if engine is None:
+            engine = _load_prepared(settings)
+            stack.callback(engine.close)
+        else:
+            stack.callback(engine.close)
+            engine.prepare(*settings.expected_frame(engine))
+        service = _assemble(settings, ledger, engine, source)
+        stack.pop_all()
+    return service
+
+
+def _load_prepared(settings: Settings) -> Engine:
+    """The engine, ready for the first frame; the CPU's when the GPU, not asked for by number, cannot."""
+
+    def load(device: str) -> Engine:
+        engine = load_engine(
+            settings.engine, precision=settings.precision, threads=settings.threads, device=device
+        )
+        try:
+            engine.prepare(*settings.expected_frame(engine))
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    try:
+        return load(settings.device)
+    except EngineUnavailable:
+        raise
+    except EngineError as error:
+        if settings.device != "auto" or (settings.engine and Path(settings.engine).suffix != ".onnx"):
+            raise
+        log.warning("the CPU is used: %s", error)
+        return load("cpu")
+
+
+def _assemble(settings: Settings, ledger: Ledger, engine: Engine, source: Source | None) -> Service:
     max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
     if engine.max_batch is not None and max_batch > engine.max_batch:
         raise ValueError(
             f"{engine.name} takes batches of up to {engine.max_batch} frames, max_batch is {max_batch}"
         )
-    engine.prepare(*settings.expected_frame(engine))
     ring = Ring(
         slots=settings.slots if settings.slots is not None else engine.depth + 2,
         max_batch=max_batch,
@@ -170,7 +208,7 @@ def serve(
     """Run a service until its source ends, `frames` are published, or SIGINT or SIGTERM comes.
 
     Returns the final report. A first signal drains: frames received are still denoised
-    and published. A second one drops them.
+    and published. A second one drops them. A third one ends the process at once.
     """
     service = build(settings, **parts)
     try:
@@ -185,12 +223,22 @@ def serve(
 
 @contextlib.contextmanager
 def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at SIGINT and SIGTERM, in the main thread; elsewhere signals are left alone."""
+    """Call `stop` at SIGINT and SIGTERM, in the main thread; elsewhere signals are left alone.
+
+    After two of them the process has not ended because something hangs: a third kills it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    times = 0
+
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal times
+        times += 1
+        if times > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emstream.errors import EngineInvalid, EngineNotFound
+from emstream.errors import EngineError, EngineInvalid, EngineNotFound
 from emstream.inference import IdentityEngine, default_engine, load_engine
 from emstream.inference.card import EngineCard
 from emstream.inference.openvino import OpenVINOEngine
@@ -139,6 +139,47 @@ def test_tiles_cost_nothing_of_the_pictures_quality() -> None:
     whole, tiles = engine.denoise(y), TiledEngine(engine, tile_px=512).denoise(y)
     assert np.square(tiles - truth).mean() < 1.05 * np.square(whole - truth).mean()
     assert np.square(tiles - whole).mean() < 0.05 * np.square(whole - truth).mean()
+
+
+def test_tiles_are_in_flight_together() -> None:
+    class Deep(IdentityEngine):
+        depth = 3
+        under_way = most = 0
+
+        def submit(self, counts: np.ndarray, expected: np.ndarray) -> np.ndarray:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            return super().submit(counts, expected)
+
+        def collect(self, ticket: np.ndarray) -> np.ndarray:
+            self.under_way -= 1
+            return super().collect(ticket)
+
+    engine = Deep()
+    y = np.random.default_rng(0).poisson(3.0, (600, 700)).astype(np.uint16)
+    np.testing.assert_allclose(TiledEngine(engine, tile_px=256).denoise(y), y, rtol=1e-5)
+    assert (engine.most, engine.under_way) == (3, 0)
+
+
+def test_tile_that_fails_leaves_none_in_flight() -> None:
+    class Failing(IdentityEngine):
+        depth = 3
+        submitted = collected = 0
+
+        def submit(self, counts: np.ndarray, expected: np.ndarray) -> np.ndarray:
+            if self.submitted == 5:
+                raise EngineError("no")
+            self.submitted += 1
+            return super().submit(counts, expected)
+
+        def collect(self, ticket: np.ndarray) -> np.ndarray:
+            self.collected += 1
+            return super().collect(ticket)
+
+    engine = Failing()
+    with pytest.raises(EngineError, match="no"):
+        TiledEngine(engine, tile_px=256).denoise(np.zeros((600, 700), np.uint8))
+    assert engine.submitted == engine.collected == 5
 
 
 def test_tiles_smaller_than_the_field_of_view_are_refused() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from emstream import wire
-from emstream.errors import EmstreamError
+from emstream.errors import CudaError, EmstreamError, EngineError
 from emstream.inference import IdentityEngine
 from emstream.intake import Overrun
+from emstream.serve import Settings, build
 from tests.conftest import exact, message
 
 
@@ -186,6 +188,83 @@ def test_engine_that_fails_costs_its_batch_and_nothing_else(rig: Any, caplog: An
     assert (ledger["failed"], ledger["published"]) == (20, 40)
     assert "engine failed on 1 frames" in caplog.text
     assert [head["frame"] for head, _ in run.published()] == [n for n in range(60) if (n + 1) % 3]
+
+
+def test_failure_that_goes_on_is_said_once_in_a_while(rig: Any, caplog: Any) -> None:
+    class Broken(IdentityEngine):
+        def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
+            raise EngineError("the plan is for other frames")
+
+    engine = Broken()
+    engine.prepare = lambda shape, dtype: None  # type: ignore[method-assign]
+    run = rig({"overrun": Overrun.block}, engine=engine)
+    run.start()
+    for n in range(300):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.wait(lambda ledger: ledger["failed"] == 300)
+    run.stop()
+    lines = [record for record in caplog.records if "engine failed" in record.message]
+    assert 1 <= len(lines) < 10
+    assert "the plan is for other frames" in lines[0].message
+    assert lines[0].exc_info is None
+
+
+def test_gpu_that_is_lost_ends_the_service(rig: Any) -> None:
+    class Lost(IdentityEngine):
+        healthy = 30
+
+        def collect(self, ticket: np.ndarray) -> np.ndarray:
+            if self.healthy <= 0:
+                raise CudaError("cuEventSynchronize: CUDA_ERROR_ILLEGAL_ADDRESS")
+            self.healthy -= 1
+            return ticket
+
+    run = rig({"overrun": Overrun.block}, engine=Lost())
+    fault: list[BaseException] = []
+
+    def run_to_the_end() -> None:
+        try:
+            run.service.pipeline.run()
+        except EmstreamError as error:
+            fault.append(error)
+
+    run._thread = threading.Thread(target=run_to_the_end)
+    run.start()
+    for n in range(200):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.join()
+    assert "the GPU is lost" in str(fault[0])
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(fault[0])
+    assert run.ledger["in_flight"] == 0
+    assert exact(run.ledger)
+
+
+def test_frame_for_which_the_engine_has_no_memory_is_rejected(rig: Any) -> None:
+    class Tight(IdentityEngine):
+        def allocate(self, nbytes: int) -> np.ndarray:
+            if nbytes > 2_000_000:
+                raise CudaError("cuMemHostAlloc: CUDA_ERROR_OUT_OF_MEMORY")
+            return super().allocate(nbytes)
+
+    run = rig({"overrun": Overrun.block}, engine=Tight())
+    run.start()
+    run.camera.send_multipart(message(0, np.zeros((2000, 2000), np.uint8)))
+    run.camera.send_multipart(message(1, pixels(1)))
+    ledger = run.wait(lambda ledger: ledger["published"] == 1)
+    assert ledger["rejected"] == 1
+    assert run.service.ledger.reasons() == {"no memory for a frame of 2000x2000 uint8": 1}
+
+
+@pytest.mark.parametrize("change", [{"output": "tcp://127.0.0.1:99999"}, {"slots": 1}, {"input": "ftp://x"}])
+def test_service_that_cannot_be_put_together_closes_its_engine(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    closed = threading.Event()
+    engine = IdentityEngine()
+    engine.close = closed.set  # type: ignore[method-assign]
+    with pytest.raises((EmstreamError, ValueError)):
+        build(Settings(**{"input": "sim://", "output": f"ipc://{tmp_path}/out", **change}), engine=engine)
+    assert closed.is_set()
 
 
 def test_frames_that_change_size_and_type_within_a_series_come_out_right(rig: Any) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +25,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from emstream import cuda, plans
+from emstream import cli, cuda, plans
 from emstream.cli import app
 from emstream.cuda import GpuInfo
 from emstream.errors import CudaError, EngineError, EngineInvalid, EngineNotFound, EngineUnavailable
-from emstream.inference import IdentityEngine, cached, default_engine, flavour, load_engine
+from emstream.inference import IdentityEngine, cached, default_engine, flavour, load_engine, plan
 from emstream.inference import build as building
 from emstream.inference.cached import CachedPlansEngine, cached_plan, kernel_cache, timing_cache
 from emstream.inference.flavour import Flavour, installed
@@ -39,6 +43,7 @@ from tests.doubles.tensorrt import pretend_tensorrt, record_of
 
 ONNX = default_engine()
 PROFILE = Profile(height=64, width=48, type="uint16", max_batch=3)
+SMALL = Profile(height=16, width=16, type="uint8", max_batch=1)
 NO_DRIVER = "no NVIDIA driver: libcuda.so.1 cannot be loaded"
 GPU = GpuInfo(0, "Pretend GPU", "8.9", "13.0", 1 << 30)
 
@@ -78,6 +83,8 @@ class Machine:
         monkeypatch.setattr(flavour, "installed", lambda name=None: self.flavour)
 
     def _network(self, frames: np.ndarray) -> np.ndarray:
+        if not frames.any():  # as preparation has it; the network has no bias
+            return np.zeros_like(frames)
         return self._engine.denoise(frames)
 
     def _open(self, index: int) -> PretendGpu:
@@ -104,6 +111,18 @@ def failure(*arguments: str | Path, code: int) -> str:
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.replace("│", " ").split())
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, name: str, path: Path) -> None:
+    """Let the method `name` of just this path fail for want of permission, whoever runs the test."""
+    real = getattr(Path, name)
+
+    def call(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, name, call)
 
 
 def plan_at(path: Path, compiled: bytes = b"compiled", **changes: Any) -> Record:
@@ -168,6 +187,16 @@ def test_what_a_plan_is_can_be_read_without_json(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_the_command_that_rebuilds_a_plan_works_in_any_folder(
+    rtx: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ONNX, tmp_path / "u.onnx")
+    monkeypatch.chdir(tmp_path)
+    record, _ = building.build_plan(Path("u.onnx"), SMALL, rtx)
+    assert record.onnx == str(tmp_path / "u.onnx")
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_a_plan_is_for_batches_of_one_to_the_largest(rtx: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
     """As TensorRT itself was told; no GPU is here to ask the plan."""
     shapes, networks = [], []
@@ -223,12 +252,21 @@ def test_all_builds_what_it_can_and_says_what_it_cannot(
     record = read_record(tmp_path / "out" / "small.plan")
     assert record.profile == Profile(height=32, width=48, type="uint16", max_batch=2)
     assert report["absent"] == {
-        "error": f"no model at {folder}/absent.onnx; train.fit and train.export make one"
+        "missing": f"not built: no model at {folder}/absent.onnx, which is made by: "
+        f"python -m train.export RUN/best.pt {folder}/absent.onnx --test data/test"
     }
     brief = run("build", "--all", "-o", tmp_path / "out").stdout
     assert "small.plan" in "".join(brief.split())
-    (folder / "small.onnx").unlink()
-    assert run("build", "--all", "-o", tmp_path / "out").exit_code == 1
+    assert "notbuilt:nomodelat" in "".join(brief.split())
+    shutil.copy(ONNX, folder / "absent.onnx")
+    (folder / "small.onnx").write_bytes(b"this is no ONNX")
+    done = run("build", "--all", "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 1, "one of two failed"
+    assert "is not a readable ONNX model" in json.loads(done.stdout)["small"]["error"]
+    assert "plan" in json.loads(done.stdout)["absent"]
+    for name in ("small", "absent"):
+        (folder / f"{name}.onnx").unlink()
+    assert run("build", "--all", "-o", tmp_path / "out").exit_code == 1, "nothing was built"
 
 
 def test_the_recipes_that_ship_are_possible() -> None:
@@ -255,6 +293,11 @@ def test_the_recipes_that_ship_are_possible() -> None:
         (["--device", "-1"], "device must be the number of a GPU, of which there are 0, got -1"),
         (["--device", "2"], "got 2"),
         (["--device", "first"], "Invalid value for '--device': "),
+        (
+            ["--size", "1000000x1000000"],
+            "at most 2147483647 bytes (of float32: pixels), got 8 frames of 1000000x",
+        ),
+        (["--max-batch", "100000"], "got 100000 frames of 512x512 uint8: 26214400000"),
         (["-o", "unet32.engine"], "a plan's name must end in .plan, got unet32.engine"),
         (["--all"], "give either MODEL.onnx or --all"),
     ],
@@ -269,12 +312,31 @@ def test_there_must_be_something_to_build() -> None:
     assert "give either MODEL.onnx or --all" in failure("build", code=2)
 
 
+@pytest.mark.usefixtures("rtx", "no_gpu")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-o", "out", "--size", "64x64", "--type", "float32"], "leave out --size, --type"),
+        (["-o", "out", "--max-batch", "2"], "leave out --max-batch"),
+        (["-o", "x.plan"], "--all needs a folder for the plans: -o FOLDER, got x.plan"),
+        ([], "--all needs a folder for the plans: -o FOLDER, got none"),
+    ],
+)
+def test_an_option_that_all_would_ignore_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert text in failure("build", "--all", *arguments, code=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_gpu_that_is_not_there_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "devices", lambda: [GPU, replace(GPU, index=1)])
     with pytest.raises(ValueError, match="of which there are 2, got 2"):
         plans.builder(None, 2)
-    monkeypatch.setattr(plans, "installed", lambda name: Flavour(name or "tensorrt", "10", None))
-    assert plans.builder(None, 1) == (Flavour("tensorrt", "10", None), replace(GPU, index=1))
+    monkeypatch.setattr(cuda, "open_gpu", lambda index: f"GPU {index}")
+    monkeypatch.setattr(flavour, "installed", lambda name: Flavour(name or "tensorrt", "10", None))
+    assert plans.builder(None, 1) == (Flavour("tensorrt", "10", None), "GPU 1")
     assert plans.builder("tensorrt-rtx", 0)[0].name == "tensorrt-rtx"
 
 
@@ -318,10 +380,14 @@ def test_a_network_that_tensorrt_does_not_know_is_refused_with_its_reason(tmp_pa
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_network_that_cannot_be_built_gives_tensorrts_reason(rtx: Flavour, tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_built_gives_tensorrts_reason_once(
+    rtx: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plan, "_MOST_NUMBERS", 10**18)
     text = failure("build", ONNX, "-o", tmp_path / "u.plan", "--size", "100000x100000", code=1)
-    assert f"{rtx.name} {rtx.version} built no plan: " in text
+    assert text.startswith(f"error: {rtx.name} {rtx.version} built no plan: ")
     assert "tensor volume exceeds" in text
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert not list(tmp_path.iterdir())
 
 
@@ -353,7 +419,9 @@ def test_a_flavour_that_is_installed_and_broken_is_logged(
     assert "tensorrt is installed and cannot be imported: libnvinfer.so.10" in caplog.text
 
 
-@pytest.mark.parametrize(("capability", "name"), [("8.9", None), ("9.0", "Pretend GPU")])
+@pytest.mark.parametrize(
+    ("capability", "name"), [("8.9", None), ("9.0", "Pretend GPU"), ("7.5", "Pretend GPU")]
+)
 def test_a_plan_for_a_gpu_that_is_not_listed_is_for_that_gpu_alone(
     rtx: Flavour, monkeypatch: pytest.MonkeyPatch, capability: str, name: str | None
 ) -> None:
@@ -376,14 +444,234 @@ def test_a_plan_for_a_gpu_that_is_not_listed_is_for_that_gpu_alone(
     module = SimpleNamespace(**{each: getattr(real, each) for each in dir(real) if each[0] != "_"})
     module.Builder = Builder
     gpu = replace(GPU, capability=capability)
-    record, _ = building.build_plan(ONNX, PROFILE, replace(rtx, module=module), gpu)
+    record, _ = building.build_plan(
+        ONNX, PROFILE, replace(rtx, module=module), PretendGpu(capability=capability)
+    )
     assert record.gpu == name
+    assert record.targets == (() if name else ("8.0", "8.6", "8.9", "12.0", "12.1"))
     assert (real.ComputeCapability.CURRENT in targets[0]) == (name is not None)
     if name is not None:
-        with pytest.raises(EngineUnavailable, match=r"for Pretend GPU \(9\.0\), and here is Other \(9\.0\)"):
+        text = rf"for Pretend GPU \({capability}\), and here is Other \({capability}\)"
+        with pytest.raises(EngineUnavailable, match=text):
             record.check(
                 Path("u.plan"), flavour=rtx.name, version=rtx.version, gpu=replace(gpu, name="Other")
             )
+
+
+# -- building: on which GPU, and until when -----------------------------------------
+
+
+def test_a_plan_is_built_on_the_gpu_that_is_asked_for(
+    rtx: Flavour, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, gpus=3, real=rtx.module)
+    machine.gpus[2].info = replace(machine.gpus[2].info, capability="9.0")
+    path = tmp_path / "u.plan"
+    for number, words in ((1, []), (2, ["--device", "2"])):
+        done = run("build", ONNX, "-o", path, "--size", "16x16", "--max-batch", "1", "--device", str(number))
+        assert done.exit_code == 0, done.output
+        assert [gpu.calls["build"] for gpu in machine.gpus] == [0, 1, number - 1]
+        assert read_record(path).rebuild(path).endswith(shlex.join(["--flavour", "tensorrt-rtx", *words]))
+
+
+def test_plans_for_the_cache_are_built_on_the_gpu_that_runs_them(
+    rtx: Flavour, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, gpus=2, real=rtx.module)
+    for gpu in machine.gpus[::-1]:
+        cached_plan(ONNX, str(gpu.info.index), SMALL, machine.flavour, gpu)
+        assert gpu.calls["build"] == 1
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("no_gpu", "heeds_ctrl_c")
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_build_that_is_interrupted_stops_and_says_so(rtx: Flavour, steps: int) -> None:
+    seen: list[str] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        seen.append(phase)
+        if len(seen) > steps:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        building.build_plan(ONNX, SMALL, rtx, progress=progress)
+    assert signal.getsignal(signal.SIGINT) is before
+    interrupted = len(seen)
+    building.build_plan(ONNX, SMALL, rtx, progress=lambda *step: seen.append(step[0]))
+    assert len(seen) > 2 * interrupted, "it was built to the end"
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_build_reaches_whoever_waits_for_it(rtx: Flavour, number: int) -> None:
+    came: list[int] = []
+    before = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        with pytest.raises(EngineError, match="building the plan was interrupted"):
+            building.build_plan(ONNX, SMALL, rtx, progress=lambda *step: signal.raise_signal(number))
+    finally:
+        signal.signal(number, before)
+    assert came == [number]
+
+
+@pytest.mark.usefixtures("rtx", "no_gpu", "heeds_ctrl_c")
+def test_ctrl_c_ends_a_build_and_writes_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def phases() -> Iterator[Any]:
+        yield lambda *step: signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "_phases", phases)
+    assert run("build", ONNX, "-o", tmp_path / "u.plan", "--size", "16x16").exit_code == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_build_in_another_thread_leaves_signals_alone(rtx: Flavour) -> None:
+    before, during = signal.getsignal(signal.SIGINT), set()
+    made: list[Any] = []
+
+    def build() -> None:
+        made.append(building.build_plan(
+            ONNX, SMALL, rtx, progress=lambda *step: during.add(signal.getsignal(signal.SIGINT))
+        ))  # fmt: skip
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    thread.join(timeout=60)
+    assert made
+    assert during == {before}
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_progress_that_cannot_be_shown_costs_no_plan(rtx: Flavour, caplog: pytest.LogCaptureFixture) -> None:
+    def progress(phase: str, done: int, total: int) -> None:
+        raise BrokenPipeError("nobody reads this")
+
+    building.build_plan(ONNX, SMALL, rtx, progress=progress)
+    assert caplog.text.count("progress is not shown any more: nobody reads this") == 1
+
+
+@pytest.mark.usefixtures("rtx", "no_gpu")
+def test_a_build_whose_stderr_is_no_terminal_writes_nothing_there(tmp_path: Path) -> None:
+    done = run("build", ONNX, "-o", tmp_path / "u.plan", "--size", "16x16", "--max-batch", "1")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+@pytest.mark.usefixtures("rtx", "no_gpu")
+@pytest.mark.parametrize("place", ["file/u.plan", "folder.plan"])
+def test_a_place_where_no_plan_can_be_is_named_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.plan").mkdir()
+    monkeypatch.setattr(plans, "build_plan", None)
+    assert f"cannot write {tmp_path / place}: " in failure("build", ONNX, "-o", tmp_path / place, code=1)
+
+
+# -- building: which networks -------------------------------------------------------
+
+
+def network_of(*nodes: Any, path: Path, given: str = "counts", made: tuple[str, ...] = ("made",),
+               shape: tuple[Any, ...] = ("batch", "height", "width"), kind: int = 1) -> Path:  # fmt: skip
+    """An ONNX of `nodes` with the card of the shipped one."""
+    import onnx
+
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        list(nodes), "network", [value(given, 1, ["batch", "height", "width"])],
+        [value(name, kind, shape) for name in made],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    model.metadata_props.extend(onnx.load(ONNX).metadata_props)
+    onnx.save(model, path)
+    return path
+
+
+def node(operator: str, given: str, made: str, **options: Any) -> Any:
+    import onnx
+
+    return onnx.helper.make_node(operator, [given], [made], name=f"the {operator}", **options)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("names", [
+    ("raw", "middle", "made"), ("counts", "raw", "made"), ("counts", "raw_bytes", "byte_axis"),
+    ("expected_counts", "raw", "weighted_bytes"), ("counts", "expected_counts", "raw"),
+])  # fmt: skip
+def test_networks_may_name_their_tensors_as_they_like(
+    rtx: Flavour, tmp_path: Path, names: tuple[str, str, str]
+) -> None:
+    given, middle, made = names
+    path = network_of(node("Relu", given, middle), node("Neg", middle, made), path=tmp_path / "u.onnx",
+                      given=given, made=(made,))  # fmt: skip
+    for kind in ("uint8", "uint16", "float32"):
+        building.build_plan(path, replace(SMALL, type=kind), rtx)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_an_output_may_be_used_inside_the_network(rtx: Flavour, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    import onnx
+
+    add = onnx.helper.make_node("Add", ["made", "negative"], ["unused"])
+    path = network_of(node("Relu", "counts", "made"), node("Neg", "made", "negative"), add,
+                      path=tmp_path / "u.onnx")  # fmt: skip
+    building.build_plan(path, SMALL, rtx)
+    model = building._with_raw_input(onnx.load(path), SMALL)
+    counts = poisson((1, 16, 16))
+    (made,) = runtime.InferenceSession(model.SerializeToString()).run(None, {"raw": raw_bytes(counts)})
+    np.testing.assert_array_equal(made, counts)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_network_that_makes_something_else_is_refused_with_what_it_makes(
+    rtx: Flavour, tmp_path: Path
+) -> None:
+    path = tmp_path / "u.onnx"
+    networks = [
+        ([node("Cast", "counts", "made", to=10)], {"kind": 10}, "(batch, 16, 16) half"),
+        ([node("Unsqueeze", "counts", "made", axes=[1])], {"shape": None}, "(batch, 1, 16, 16) float"),
+        ([node("MaxPool", "counts", "made", kernel_shape=[2], strides=[2])], {}, "(batch, 16, 8) float"),
+    ]
+    for nodes, options, found in networks:
+        network_of(*nodes, path=path, **options)
+        if "Unsqueeze" in nodes[0].name:
+            import onnx
+
+            model = onnx.load(path)
+            model.opset_import[0].version = 11
+            onnx.save(model, path)
+        text = failure("build", path, "-o", tmp_path / "u.plan", "--size", "16x16", code=1)
+        assert f"{path} is no engine: of frames 16x16 it makes {found}" in text
+        assert "expected (batch, 16, 16) float" in text
+    assert not (tmp_path / "u.plan").exists()
+
+
+@pytest.mark.usefixtures("rtx", "no_gpu")
+def test_a_network_needs_one_input_and_one_output(tmp_path: Path) -> None:
+    path = tmp_path / "u.onnx"
+    for made, named in (((), "none"), (("made", "other"), "made, other")):
+        network_of(node("Relu", "counts", "made"), node("Neg", "counts", "other"), path=path, made=made)
+        text = failure("build", path, "-o", tmp_path / "u.plan", "--size", "16x16", code=1)
+        assert f"{path} is no engine: its inputs are counts and its outputs {named}, expected one" in text
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_one_byte_pixels_are_not_multiplied_and_added(rtx: Flavour) -> None:
+    onnx = pytest.importorskip("onnx")
+    before = {each.op_type for each in onnx.load(ONNX).graph.node}
+    model = building._with_raw_input(onnx.load(ONNX), SMALL)
+    assert [each.op_type for each in model.graph.node[:2]] == ["Cast", "Squeeze"]
+    assert {each.op_type for each in model.graph.node} - before <= {"Cast", "Squeeze"}
 
 
 # -- the camera's raw bytes -------------------------------------------------------
@@ -414,7 +702,7 @@ def with_raw_input(kind: str, shape: tuple[int, int], extra: str | None = None) 
 @pytest.mark.parametrize("kind", PLAN_TYPES)
 def test_raw_bytes_become_the_counts_they_are(kind: str) -> None:
     """To the last bit up to 2^24, which float32 holds, and to its precision beyond."""
-    model, plain = with_raw_input(kind, (8, 16), extra="counts")
+    model, plain = with_raw_input(kind, (8, 16), extra="network/counts")
     rng = np.random.default_rng(0)
     if kind == "float32":
         counts = rng.uniform(0, 1e9, (3, 8, 16)).astype(np.float32)
@@ -521,8 +809,10 @@ def test_a_plan_for_something_else_is_refused_with_both_sides_and_the_command(
     record.check(Path("u.plan"), **fits | {"gpu": replace(GPU, driver="13.10", index=3)})
     with pytest.raises(EngineUnavailable) as raised:
         record.check(Path("u.plan"), **fits | here)
-    for piece in (*sides, "u.plan was built", f"build it again: {record.rebuild(Path('u.plan'))}"):
+    command = record.rebuild(Path("u.plan"), flavour=here.get("flavour"))
+    for piece in (*sides, "u.plan was built", f"build it again: {command}"):
         assert piece in str(raised.value)
+    assert command.endswith(f"--flavour {here.get('flavour', 'tensorrt-rtx')}"), "what can be built here"
 
 
 def test_a_plan_for_every_gpu_asks_for_none_in_particular() -> None:
@@ -531,10 +821,118 @@ def test_a_plan_for_every_gpu_asks_for_none_in_particular() -> None:
         record.check(Path("u.plan"), flavour="tensorrt-rtx", version="1.7", gpu=gpu)
 
 
+@pytest.mark.parametrize("capability", ["9.0", "7.5"])
+def test_a_plan_for_many_gpus_is_refused_on_another_with_the_command_for_it(capability: str) -> None:
+    gpu = replace(GPU, capability=capability, index=2)
+    with pytest.raises(EngineUnavailable) as raised:
+        record_of(PROFILE).check(Path("u.plan"), flavour="tensorrt-rtx", version="1.7", gpu=gpu)
+    assert "of compute capability 8.0, 8.6, 8.9, 12.0, and here is Pretend GPU" in str(raised.value)
+    assert "build it on the machine with that GPU: emstream build engines/pretend.onnx" in str(raised.value)
+    assert str(raised.value).endswith(" --device 2")
+
+
+def test_a_plan_of_another_flavour_is_refused_with_both_and_the_command_for_the_one_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    here = flavour.installed
+
+    def only_rtx(name: str | None = None) -> Flavour:
+        if name == "tensorrt":
+            raise EngineUnavailable("tensorrt is not installed: pip install 'emstream[gpu]'")
+        return here(name)
+
+    monkeypatch.setattr(flavour, "installed", only_rtx)
+    for name in ("tensorrt", "evil"):
+        plan_at(tmp_path / "u.plan", flavour=name, version="10.1")
+        with pytest.raises(EngineUnavailable) as raised:
+            load_engine(tmp_path / "u.plan")
+        assert f"was built for {name} 10.1, and here is tensorrt-rtx 1.7" in str(raised.value)
+        assert "--flavour tensorrt-rtx" in str(raised.value)
+
+    def none(name: str | None = None) -> Flavour:
+        raise EngineUnavailable(f"{name} is not installed: pip install")
+
+    monkeypatch.setattr(flavour, "installed", none)
+    plan_at(tmp_path / "u.plan", flavour="tensorrt")
+    with pytest.raises(EngineUnavailable, match="tensorrt is not installed: pip install"):
+        load_engine(tmp_path / "u.plan")
+
+
+@pytest.mark.usefixtures("rtx", "no_gpu")
+@pytest.mark.parametrize("changes", [{"version": "1.5.0.1"}, {"flavour": "evil"}])
+def test_what_can_be_compared_without_a_gpu_is(tmp_path: Path, changes: dict[str, Any]) -> None:
+    real = installed("tensorrt-rtx")
+    record = plan_at(tmp_path / "u.plan", **{"version": real.version} | changes)
+    told = json.loads(run("info", tmp_path / "u.plan", "--json").stdout)
+    sides = f"{record.flavour} {record.version}, and here is tensorrt-rtx {real.version}"
+    assert f"was built for {sides}; build it again" in told["runs_here"]
+    told = json.loads(run("info", tmp_path / "u.plan", "--device", "cpu", "--json").stdout)
+    assert "is a TensorRT plan and needs a GPU" in told["runs_here"]
+
+
 @pytest.mark.parametrize("profile", [{"height": 0}, {"width": -1}, {"type": "int8"}, {"max_batch": 0}])
 def test_impossible_profiles_are_refused(profile: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"got .*{next(iter(profile.values()))}"):
         replace(PROFILE, **profile)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"profile": {"max_batch": 2.5}},
+        {"profile": {"height": True}},
+        {"profile": {"type": None}},
+        {"profile": {"colour": 1}},
+        {"profile": None},
+        {"driver": "abc"},
+        {"capability": "nine"},
+        {"device": "0"},
+        {"targets": [8.9]},
+        {"targets": "8.9"},
+        {"version": 1.7},
+        {"card": {"dose_range": [1]}},
+        {"card": {"parameters": "many"}},
+        {"card": {"bias_free": 1}},
+    ],
+)
+def test_a_record_whose_fields_are_of_other_types_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "u.plan"
+    values = record_of(PROFILE).as_dict()
+    for name, value in changes.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    write_plan(path, SimpleNamespace(as_dict=lambda: values), b"compiled")  # type: ignore[arg-type]
+    with pytest.raises(EngineInvalid, match=rf"{path} is a damaged plan \(.*build it again: emstream build"):
+        read_plan(path)
+
+
+def test_a_plan_without_anything_compiled_is_refused(tmp_path: Path) -> None:
+    plan_at(tmp_path / "u.plan", b"")
+    with pytest.raises(EngineInvalid, match="it holds no compiled network"):
+        read_plan(tmp_path / "u.plan")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_record_that_is_nested_without_end_is_refused(tmp_path: Path, whole: bool) -> None:
+    path = tmp_path / "u.plan"
+    text = b"[" * 100_000
+    rest = struct.pack("<Q", len(text)) + text + b"compiled"
+    digest = hashlib.sha256(rest).digest() if whole else bytes(32)
+    path.write_bytes(plan._MAGIC + digest + rest)
+    assert f"{path} is a damaged plan" in failure("info", path, code=1)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_plan_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "u.plan"
+    plan_at(path)
+    deny(monkeypatch, "read_bytes", path)
+    for command in (["serve", "--input", "sim://", "--engine"], ["info"]):
+        assert f"error: cannot read {path}: " in failure(*command, path, code=1)
+    deny(monkeypatch, "is_file", path)
+    for command in (["serve", "--input", "sim://", "--engine"], ["info"]):
+        text = failure(*command, path, code=1)
+        assert f"no engine at {path} that can be read (Permission denied); shipped: " in text
 
 
 # -- writing plans ----------------------------------------------------------------
@@ -716,35 +1114,36 @@ RTX = Flavour("tensorrt-rtx", "1.7", None)
 
 
 def test_a_plan_is_built_once(cache: Path, built: list[Profile]) -> None:
-    first = cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU)
-    assert first.parent == cache / "plans"
-    assert first.name.startswith("wide64-64x48-uint16-3-")
+    first = cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu())
+    assert first.path.parent == cache / "plans"
+    assert first.path.name.startswith("wide64-64x48-uint16-3-")
     for _ in range(3):
-        assert cached_plan(ONNX, "0" * 64, PROFILE, RTX, replace(GPU, index=1, memory_bytes=1)) == first
+        assert cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu(1, memory_bytes=1)) == first
     assert built == [PROFILE]
-    assert read_plan(first)[1] == b"compiled 1"
+    assert read_plan(first.path) == (first.record, first.compiled) == (first.record, b"compiled 1")
 
 
 def test_a_plan_is_built_anew_for_whatever_it_depends_on(
     cache: Path, built: list[Profile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha = "0" * 64
-    kinds: list[tuple[str, Profile, Flavour, GpuInfo]] = [
-        (sha, PROFILE, RTX, GPU),
-        ("1" * 64, PROFILE, RTX, GPU),
-        *[(sha, replace(PROFILE, **change), RTX, GPU)
+    gpu = PretendGpu()
+    kinds: list[tuple[str, Profile, Flavour, PretendGpu]] = [
+        (sha, PROFILE, RTX, gpu),
+        ("1" * 64, PROFILE, RTX, gpu),
+        *[(sha, replace(PROFILE, **change), RTX, gpu)
           for change in ({"height": 65}, {"width": 49}, {"type": "uint8"}, {"max_batch": 4})],
-        (sha, PROFILE, replace(RTX, name="tensorrt"), GPU),
-        (sha, PROFILE, replace(RTX, version="1.8"), GPU),
-        *[(sha, PROFILE, RTX, replace(GPU, **change))
+        (sha, PROFILE, replace(RTX, name="tensorrt"), gpu),
+        (sha, PROFILE, replace(RTX, version="1.8"), gpu),
+        *[(sha, PROFILE, RTX, PretendGpu(**change))
           for change in ({"name": "Other"}, {"capability": "9.0"}, {"driver": "13.1"})],
     ]  # fmt: skip
-    paths = {cached_plan(ONNX, *kind) for kind in kinds}
+    paths = {cached_plan(ONNX, *kind).path for kind in kinds}
     assert len(paths) == len(built) == len(kinds)
-    assert {cached_plan(ONNX, *kind) for kind in kinds} == paths
+    assert {cached_plan(ONNX, *kind).path for kind in kinds} == paths
     assert len(built) == len(kinds)
     monkeypatch.setattr(cached, "VERSION", "99.0")
-    assert cached_plan(ONNX, *kinds[0]) not in paths
+    assert cached_plan(ONNX, *kinds[0]).path not in paths
 
 
 @pytest.mark.parametrize(
@@ -753,20 +1152,37 @@ def test_a_plan_is_built_anew_for_whatever_it_depends_on(
 def test_a_damaged_plan_in_the_cache_is_built_again(
     cache: Path, built: list[Profile], caplog: pytest.LogCaptureFixture, damage: Any
 ) -> None:
-    path = cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU)
+    path = cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu()).path
     path.write_bytes(damage(path.read_bytes()))
-    assert cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU) == path
+    assert cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu()).path == path
     assert "building a cached plan again" in caplog.text
     assert str(path) in caplog.text
     assert read_plan(path)[1] == b"compiled 2"
-    cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU)
+    cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu())
     assert len(built) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_named(cache: Path, built: list[Profile]) -> None:
+def test_a_cache_that_cannot_be_written_is_named_and_its_plan_runs(
+    cache: Path, built: list[Profile], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx")
     cache.touch()
-    with pytest.raises(EngineError, match=rf"cannot write {cache}/plans/wide64"):
-        cached_plan(ONNX, "0" * 64, PROFILE, RTX, GPU)
+    machine = Machine(monkeypatch)
+    engine = load_engine(ONNX)
+    close(engine.denoise(poisson((64, 48))), machine._engine, poisson((64, 48)))
+    assert f"the next start builds this plan again: cannot write {cache}/plans/wide64" in caplog.text
+    engine.denoise(poisson((64, 48)))
+    assert len(built) == 1
+    engine.close()
+
+
+def test_a_cached_plan_that_cannot_be_read_is_built_again(
+    cache: Path, built: list[Profile], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu()).path
+    deny(monkeypatch, "read_bytes", path)
+    assert cached_plan(ONNX, "0" * 64, PROFILE, RTX, PretendGpu()).compiled == b"compiled 2"
+    assert f"building a cached plan again: cannot read {path}: " in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other places")
@@ -777,9 +1193,15 @@ def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_timings_and_kernels_are_kept_apart_for_every_gpu_and_version(cache: Path) -> None:
     proper = replace(RTX, name="tensorrt")
-    assert timing_cache(RTX, GPU) is kernel_cache(proper, GPU) is timing_cache(proper, None) is None
+    assert timing_cache(RTX, GPU) is kernel_cache(proper, GPU, b"plan") is timing_cache(proper, None) is None
+
+    def kernels(flavour: Flavour, gpu: GpuInfo) -> Path | None:
+        paths = {kernel_cache(flavour, gpu, plan) for plan in (b"plan", b"plan", b"another plan")}
+        assert len(paths) == 2, "one for each plan"
+        return kernel_cache(flavour, gpu, b"plan")
+
     gpus = [GPU, replace(GPU, name="A/B C"), replace(GPU, capability="9.0"), replace(GPU, driver="13.1")]
-    for keep_for, flavour_ in ((kernel_cache, RTX), (timing_cache, proper)):
+    for keep_for, flavour_ in ((kernels, RTX), (timing_cache, proper)):
         paths = {keep_for(each, gpu) for each in (flavour_, replace(flavour_, version="2")) for gpu in gpus}
         assert len(paths) == 8
         folders = {path.parent for path in paths if path}
@@ -833,13 +1255,19 @@ def test_timings_are_kept_for_the_next_build_and_may_be_lost(
     proper, kept = Flavour("tensorrt", "10.0", module), tmp_path / "timings" / "gpu-13.0"
     small = Profile(height=16, width=16, type="uint8", max_batch=1)
     for _ in range(2):
-        record, _ = building.build_plan(ONNX, small, proper, GPU, timing_cache=kept)
+        record, _ = building.build_plan(ONNX, small, proper, PretendGpu(), timing_cache=kept)
     assert (record.gpu, record.capability, record.driver) == ("Pretend GPU", "8.9", "13.0")
     assert known == [b"", b"timed "]
     assert kept.read_bytes() == b"timed timed "
     kept.unlink()
+    monkeypatch.setattr(Config, "get_timing_cache", lambda self: None)
+    monkeypatch.setattr(Config, "set_timing_cache", lambda self, timings, ignore_mismatch: False)
+    building.build_plan(ONNX, small, proper, PretendGpu(), timing_cache=kept)
+    assert f"TensorRT refuses the timings in {kept}" in caplog.text
+    assert not kept.exists()
+    monkeypatch.undo()
     kept.mkdir()
-    building.build_plan(ONNX, small, proper, GPU, timing_cache=kept)
+    building.build_plan(ONNX, small, proper, PretendGpu(), timing_cache=kept)
     assert "the next start is as slow as this one: cannot write" in caplog.text
 
 
@@ -868,7 +1296,7 @@ def test_a_plan_that_was_built_here_runs_on_a_gpu(
     assert f"tensorrt-rtx {rtx.version}" in engine.device
     engine.close()
     assert not any(machine.gpus[0].alive.values())
-    assert kernel_cache(rtx, machine.gpus[0].info).exists()  # type: ignore[union-attr]
+    assert kernel_cache(rtx, machine.gpus[0].info, read_plan(path)[1]).exists()  # type: ignore[union-attr]
     told = json.loads(run("info", path, "--json").stdout)
     assert told["runs_here"] == engine.device
     assert not any(machine.gpus[0].alive.values())

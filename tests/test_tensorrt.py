@@ -375,7 +375,7 @@ def test_a_gpu_that_stays_broken_fails_every_batch_and_nothing_hangs(bench: Any,
     for n in range(3 * b.engine.depth):
         with pytest.raises(CudaError, match="upload: told to fail"):
             b.engine.submit(noise(n), np.empty((1, *SHAPE), np.float32))
-    assert "after a failed batch: record: told to fail" in caplog.text
+    assert "waiting for a batch: record: told to fail" in caplog.text
 
 
 # -- sizes and types --------------------------------------------------------------
@@ -694,6 +694,55 @@ def test_a_plan_that_cannot_be_loaded_costs_its_frames_only() -> None:
     engine.close()
 
 
+def test_a_plan_that_cannot_be_built_is_tried_once(caplog: Any) -> None:
+    gpu = PretendGpu()
+    engine = cached(gpu)
+    load, tries = engine._load, list[Profile]()
+
+    def fail(profile: Profile) -> Engine:
+        tries.append(profile)
+        if profile.height == 9:
+            raise EngineInvalid("TensorRT built no plan")
+        return load(profile)
+
+    engine._load = fail
+    for n in range(5):
+        with pytest.raises(EngineInvalid, match="TensorRT built no plan") as raised:
+            engine.submit(noise(n, (1, 9, 9)), np.empty((1, 9, 9), np.float32))
+        assert len(raised.traceback) < 6, "each time it is raised anew"
+        right(engine, [noise(n)])
+    assert [profile.height for profile in tries] == [9, SHAPE[0]]
+    engine.close()
+
+
+def test_frames_that_nobody_announced_are_prepared_for_with_the_first_of_them() -> None:
+    gpu = PretendGpu()
+    engine = cached(gpu)
+    assert gpu.calls["capture"] == 0
+    right(engine, [noise(0)])
+    captures = gpu.calls["capture"]
+    assert captures == engine.depth * engine.best_batch
+    right(engine, [noise(n, (1 + n % engine.best_batch, *SHAPE)) for n in range(40)])
+    assert gpu.calls["capture"] == captures
+    engine.close()
+
+
+def test_an_engine_that_cannot_be_prepared_whole_runs_what_it_can(caplog: Any) -> None:
+    gpu = PretendGpu()
+    engine = cached(gpu)
+    gpu.fail("context", after=3, times=1)
+    right(engine, [noise(0)])
+    assert "the first batches of 12x20:uint16, batches of 1-8 may be late: " in caplog.text
+    right(engine, [noise(n, (1 + n % 8, *SHAPE)) for n in range(30)])
+    gpu.fail("context")
+    with pytest.raises(EngineError, match="context: told to fail"):
+        engine.prepare((5, 5), np.dtype(np.uint8))
+    gpu.heal()
+    engine.prepare((5, 5), np.dtype(np.uint8))
+    engine.close()
+    assert gpu.live_bytes == 0
+
+
 # -- TensorRT's own calls ---------------------------------------------------------
 
 
@@ -780,6 +829,15 @@ def test_kernels_compiled_for_this_gpu_are_there_at_the_next_start(tmp_path: Pat
     assert [each.name for each in kept.parent.iterdir()] == [kept.name]
 
 
+def test_kernels_are_kept_once_an_engine_is_prepared(tmp_path: Path) -> None:
+    """A service may be killed."""
+    gpu, kept = PretendGpu(), tmp_path / "kernels" / "gpu-13.0"
+    engine = load_plan(plan_file(tmp_path / "u.plan"), gpu, pretended(gpu), kept)
+    engine.prepare(SHAPE, np.dtype(np.uint16))
+    assert kept.read_bytes() == f"kernels {engine.depth * PROFILE.max_batch}".encode()
+    engine.close()
+
+
 def test_kernels_that_cannot_be_read_or_kept_cost_nothing_but_time(tmp_path: Path, caplog: Any) -> None:
     path, kept = plan_file(tmp_path / "u.plan"), tmp_path / "kernels"
     kept.write_bytes(b"rubbish")
@@ -832,7 +890,7 @@ def test_tensorrts_errors_are_logged_and_the_last_one_is_kept(caplog: Any) -> No
     logger, levels = flavour.logger(), flavour.module.ILogger
     assert logger.last_error() == "it gave no reason"
     with caplog.at_level(logging.DEBUG, flavours.log.name):
-        for level in (levels.ERROR, levels.INTERNAL_ERROR, levels.WARNING, levels.INFO):
+        for level in (levels.ERROR, levels.INTERNAL_ERROR, levels.WARNING, levels.INFO, levels.VERBOSE):
             logger.log(level, f"severity {level}")
     assert logger.last_error() == f"severity {levels.INTERNAL_ERROR}"
     assert [record.levelno for record in caplog.records] == [
@@ -840,7 +898,15 @@ def test_tensorrts_errors_are_logged_and_the_last_one_is_kept(caplog: Any) -> No
         logging.ERROR,
         logging.INFO,
         logging.DEBUG,
-    ]
+    ], "and nothing of each step it takes"
+
+
+def test_tensorrts_errors_may_be_left_to_whoever_raises_them(caplog: Any) -> None:
+    flavour = pretended(PretendGpu())
+    logger = flavour.logger(errors=logging.DEBUG)
+    logger.log(flavour.module.ILogger.ERROR, "no memory")
+    assert logger.last_error() == "no memory"
+    assert not caplog.records
 
 
 # -- several GPUs -----------------------------------------------------------------

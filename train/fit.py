@@ -154,6 +154,11 @@ def calibrate_norms(network: Network, images: Any, recipe: Recipe, precision: to
         predict(network, counts, doses, True, precision)
 
 
+def clock_s(device: torch.device) -> float:
+    """The time that counts [s]: on a CPU what its cores gave to this process, whatever else they had to do."""
+    return time.monotonic() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
+
+
 def agree(seconds: float) -> float:
     """The clock of the first process is everyone's."""
     if not dist.is_initialized():
@@ -212,10 +217,10 @@ def fit(recipe: Recipe, out: Path) -> Network:
 
     log = Log(out, step) if first else None
     progress = tqdm(total=100, unit="%", disable=not first, bar_format="{l_bar}{bar}|{elapsed}{postfix}")
-    begin, saved, losses = time.monotonic() - spent_s, time.monotonic(), []
+    begin, saved, losses = clock_s(device) - spent_s, time.monotonic(), []
     while part() < 1:
-        # Warm up for 300 steps, or 3 % of a shorter run; then half a cosine.
-        warm = min(1, max((step + 1) / 300, part() / 0.03))
+        # Warm up for 300 steps, or a tenth of a shorter run; then half a cosine.
+        warm = min(1, max((step + 1) / 300, part() / 0.1))
         rate = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * part()))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -241,7 +246,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
                     kept.lerp_(new, 1 - decay)
         losses.append(loss.detach())
         step += 1
-        spent_s = agree(time.monotonic() - begin)
+        spent_s = agree(clock_s(device) - begin)
 
         if not first:
             continue

@@ -47,7 +47,8 @@ class Recipe:
     """Photographs: lowest and highest standard deviation of the noise [grey levels of 255]."""
     hours: float | None = None
     steps: int | None = None
-    """One of the two. By the clock, a slower machine does fewer steps; by steps, the run repeats exactly."""
+    """One of the two. By the clock (a CPU's: what it gave to this process), a slower machine does fewer steps; by
+    steps, the run repeats exactly."""
     batch: int
     """Views per step and process."""
     crop_px: int

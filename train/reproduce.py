@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 TEM_ROWS = (
-    "durr", "unet32-two", "unet32", "unet32-six", "wide64", "unet64", "dncnn", "unet128", "unet128-six",
+    "durr", "unet32-two", "unet32", "unet32-six", "wide64", "dncnn", "unet64", "unet128", "unet128-six",
 )  # fmt: skip
 PHOTOGRAPH_ROWS = ("photographs-two", "photographs-four", "photographs-six")
 EXPLAINED = "wide64"
@@ -60,7 +60,7 @@ class Scale:
 SMALL = Scale(
     specimens=64,
     images_each=8,
-    held_out=8,
+    held_out=16,
     recipes="cpu",
     minutes_each=0.6,
     tuning_views=1,

@@ -9,11 +9,11 @@ way, seconds of work on each core, and the same command goes on from there.
 
 For the paper's scale, 1,000 specimens with 20 images each, 10.5 GB::
 
-    python -m train.simulate data/large --specimens 1000 --images-each 20 --defects all --defocus -20 20
+    python -m train.simulate data/large --specimens 1000 --images-each 20 --defects all
 
 ``--defocus`` is in nm, in steps of 1 nm, and positive for underfocus. With the negative Cs
-of this microscope columns are dark at underfocus and mostly bright beyond 10 nm of overfocus;
-all three contrast classes of the paper come with ``--defocus -20 0``.
+of this microscope columns are dark at underfocus and mostly bright beyond 10 nm of overfocus.
+The default, -20 20, has all three contrast classes of the paper; its own range, 0-20 nm, here has dark columns alone.
 
 The workers of a cluster of your own need this project, too: start them in its folder,
 ``dask worker tcp://HOST:8786 --nthreads 1 --no-nanny`` (a nanny makes them three times slower,
@@ -64,7 +64,7 @@ class Plan:
 
     material: str = "pt_ceo2"
     defects: str = "paper"
-    defocus_nm: tuple[int, int] = (0, 20)
+    defocus_nm: tuple[int, int] = (-20, 20)
     """From, to; in steps of 1 nm, positive for underfocus."""
     images_each: int = 8
     """How many of these defoci, drawn anew for each specimen."""
@@ -186,7 +186,7 @@ def cluster(scheduler: str | None, workers: int) -> Iterator[Client]:
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}),
             LocalCluster(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1",
+                n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1",
                 memory_limit=None, silence_logs=logging.CRITICAL,
             ) as local,
             Client(local) as client,

@@ -63,7 +63,7 @@ class Plan:
         from emstream.inference.tensorrt import TensorRTProgram
 
         record, compiled = read_plan(self.path)
-        kernels = kernel_cache(self.flavour, self.gpu.info)
+        kernels = kernel_cache(self.flavour, self.gpu.info, compiled)
         return TensorRTProgram(self.flavour, record.profile, compiled, self.path, kernels)
 
 
@@ -78,7 +78,7 @@ def plan(setting: Setting, kind: str, name: str, frames: Frames) -> Plan:
     gpu, flavour = open_gpu(0), installed(kind)
     onnx = networks.files(setting, name).onnx
     profile = Profile(height=frames.height, width=frames.width, type=frames.type, max_batch=frames.max_batch)
-    return Plan(gpu, flavour, cached_plan(onnx, sha256_of(onnx), profile, flavour, gpu.info))
+    return Plan(gpu, flavour, cached_plan(onnx, sha256_of(onnx), profile, flavour, gpu).path)
 
 
 def open_engine(

@@ -49,10 +49,7 @@ def load_engine(
     if str(path) == "identity":
         return IdentityEngine()
     path = default_engine() if path is None else Path(path)
-    if not path.is_file():
-        raise EngineNotFound(
-            f"no engine at {path}; shipped: {', '.join(map(str, shipped_engines())) or 'none'}"
-        )
+    check_is_there(path)
     if path.suffix not in (".onnx", ".pt2", ".plan"):
         raise EngineInvalid(f"{path} is no engine: expected {_SUFFIXES}")
     if for_cpu:
@@ -73,6 +70,19 @@ def load_engine(
     from emstream.inference.openvino import OpenVINOEngine
 
     return TiledEngine(OpenVINOEngine(path, precision=precision, threads=threads))
+
+
+def check_is_there(path: Path) -> None:
+    """Raise EngineNotFound, which says what there is instead, when there is no file at `path`."""
+    try:
+        if path.is_file():
+            return
+        why = ""
+    except OSError as error:  # a folder that may not be entered
+        why = f" that can be read ({error.strerror})"
+    raise EngineNotFound(
+        f"no engine at {path}{why}; shipped: {', '.join(map(str, shipped_engines())) or 'none'}"
+    )
 
 
 def _gpus(device: str) -> list[int]:
@@ -113,22 +123,24 @@ def _on_gpus(path: Path, gpus: list[int]) -> Engine:
     from emstream.cuda import open_gpu
     from emstream.inference import flavour
     from emstream.inference.cached import kernel_cache, load_onnx
-    from emstream.inference.plan import read_record
-    from emstream.inference.tensorrt import load_plan
+    from emstream.inference.plan import read_plan
+    from emstream.inference.tensorrt import load_compiled
 
     try:
-        record = read_record(path) if path.suffix == ".plan" else None
+        plan = read_plan(path) if path.suffix == ".plan" else None
     except EngineInvalid as error:
         raise EngineInvalid(f"{error}; {_sibling(path)}") from None
     engines: list[Engine] = []
     try:
         for index in gpus:
             gpu = open_gpu(index)
-            if record is None:
+            if plan is None:
                 engines.append(load_onnx(path, gpu, flavour.installed()))
             else:
-                chosen = flavour.installed(record.flavour)
-                engines.append(load_plan(path, gpu, chosen, kernel_cache(chosen, gpu.info)))
+                record, compiled = plan
+                chosen = flavour.installed_or_other(record.flavour)
+                kernels = kernel_cache(chosen, gpu.info, compiled)
+                engines.append(load_compiled(path, record, compiled, gpu, chosen, kernels))
     except BaseException as error:
         for engine in engines:
             engine.close()

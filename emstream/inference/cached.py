@@ -15,17 +15,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from emstream.cuda import Gpu, GpuInfo
-from emstream.errors import EngineInvalid
+from emstream.errors import CudaError, EngineError, EngineNotFound
 from emstream.inference.build import build_plan, read_card
 from emstream.inference.engine import Engine, sha256_of
 from emstream.inference.flavour import Flavour
-from emstream.inference.plan import PLAN_TYPES, Profile, read_plan, write_plan
-from emstream.inference.tensorrt import load_plan
+from emstream.inference.plan import PLAN_TYPES, Profile, Record, read_plan, write_plan
+from emstream.inference.tensorrt import load_compiled
 from emstream.ring import rows_for
 from emstream.version import VERSION
 
@@ -48,9 +48,12 @@ def timing_cache(flavour: Flavour, gpu: GpuInfo | None) -> Path | None:
     return None if flavour.portable or gpu is None else _per_gpu("timings", flavour, gpu)
 
 
-def kernel_cache(flavour: Flavour, gpu: GpuInfo) -> Path | None:
-    """Where kernels compiled for this GPU are kept; None for a flavour whose plans hold them."""
-    return _per_gpu("kernels", flavour, gpu) if flavour.portable else None
+def kernel_cache(flavour: Flavour, gpu: GpuInfo, compiled: bytes) -> Path | None:
+    """Where a plan's kernels compiled for this GPU are kept; None for a flavour whose plans hold them."""
+    if not flavour.portable:
+        return None
+    place = _per_gpu("kernels", flavour, gpu)
+    return place.with_name(f"{place.name}-{hashlib.sha256(compiled).hexdigest()[:16]}")
 
 
 def _per_gpu(what: str, flavour: Flavour, gpu: GpuInfo) -> Path:
@@ -58,27 +61,38 @@ def _per_gpu(what: str, flavour: Flavour, gpu: GpuInfo) -> Path:
     return cache_folder() / what / f"{flavour.name}-{key}"
 
 
-def cached_plan(onnx: Path, sha256: str, profile: Profile, flavour: Flavour, gpu: GpuInfo) -> Path:
+class CachedPlan(NamedTuple):
+    path: Path
+    """Where it is, unless it could not be written."""
+    record: Record
+    compiled: bytes
+
+
+def cached_plan(onnx: Path, sha256: str, profile: Profile, flavour: Flavour, gpu: Gpu) -> CachedPlan:
     """The cached plan of `onnx`, built now if there is none yet."""
+    info = gpu.info
     depends_on: dict[str, Any] = {"onnx": sha256, "flavour": flavour.name, "version": flavour.version}
     depends_on |= {"emstream": VERSION}
-    depends_on |= asdict(profile) | {"gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver}
+    depends_on |= asdict(profile) | {"gpu": info.name, "capability": info.capability, "driver": info.driver}
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     size = f"{profile.height}x{profile.width}-{profile.type}-{profile.max_batch}"
     path = cache_folder() / "plans" / f"{onnx.stem}-{size}-{digest}.plan"
-    if path.exists():
-        try:
-            read_plan(path)
-            return path
-        except EngineInvalid as error:
-            log.warning("building a cached plan again: %s", error)
+    try:
+        return CachedPlan(path, *read_plan(path))
+    except EngineNotFound:
+        pass
+    except EngineError as error:
+        log.warning("building a cached plan again: %s", error)
     log.info("building a plan of %s for %s, once: this can take minutes", onnx, profile)
     record, compiled = build_plan(
-        onnx, profile, flavour, gpu, timing_cache=timing_cache(flavour, gpu), progress=_LogProgress()
+        onnx, profile, flavour, gpu, timing_cache=timing_cache(flavour, info), progress=_LogProgress()
     )
-    write_plan(path, record, compiled)
-    log.info("built %s", path)
-    return path
+    try:
+        write_plan(path, record, compiled)
+        log.info("built %s", path)
+    except EngineError as error:
+        log.warning("the next start builds this plan again: %s", error)
+    return CachedPlan(path, record, compiled)
 
 
 class _LogProgress:
@@ -115,6 +129,7 @@ class CachedPlansEngine(Engine):
         self.name, self.sha256, self.device = self.card.name, sha256_of(path), device
         self._gpu, self._load = gpu, load
         self._engines: OrderedDict[Profile, Engine] = OrderedDict()  # only the thread that submits uses it
+        self._refused: dict[Profile, EngineError] = {}
         self._under_way: dict[int, int] = {}
         self._lock = threading.Lock()  # for _under_way; never held while a plan is built or loaded
 
@@ -152,10 +167,26 @@ class CachedPlansEngine(Engine):
         profile = Profile(height=shape[0], width=shape[1], type=kind, max_batch=rows)
         if profile not in self._engines:
             self._make_room()
-            engine = self._load(profile)
+            engine = self._loaded(profile)
             self._engines[profile], self._under_way[id(engine)] = engine, 0
+            try:
+                engine.prepare(shape, dtype)
+            except EngineError as error:
+                log.warning("the first batches of %s may be late: %s", profile, error)
         self._engines.move_to_end(profile)
         return self._engines[profile]
+
+    def _loaded(self, profile: Profile) -> Engine:
+        """A new engine. What cannot be built is not tried again; what the GPU had no room for is."""
+        if profile in self._refused:
+            raise self._refused[profile].with_traceback(None)
+        try:
+            return self._load(profile)
+        except CudaError:
+            raise
+        except EngineError as error:
+            self._refused[profile] = error
+            raise
 
     def _make_room(self) -> None:
         """Close the engines used longest ago, but for those with batches under way."""
@@ -177,7 +208,7 @@ def load_onnx(path: Path, gpu: Gpu, flavour: Flavour) -> Engine:
     digest = sha256_of(path)
 
     def load(profile: Profile) -> Engine:
-        plan = cached_plan(path, digest, profile, flavour, gpu.info)
-        return load_plan(plan, gpu, flavour, kernel_cache(flavour, gpu.info))
+        plan = cached_plan(path, digest, profile, flavour, gpu)
+        return load_compiled(*plan, gpu, flavour, kernel_cache(flavour, gpu.info, plan.compiled))
 
     return CachedPlansEngine(path, gpu, f"{gpu.info.name}, {flavour.name} {flavour.version}, {gpu.api}", load)

@@ -43,7 +43,10 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
-        """Start to denoise `counts` (B, H, W) into `expected` (B, H, W) float32; returns a ticket."""
+        """Start to denoise `counts` (B, H, W) into `expected` (B, H, W) float32; returns a ticket.
+
+        Both belong to the engine until the ticket is collected: nobody writes them or lets them go.
+        """
 
     @abstractmethod
     def collect(self, ticket: Any) -> np.ndarray:

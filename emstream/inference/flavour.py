@@ -33,9 +33,9 @@ class Flavour:
         """Whether plans are built without a GPU, for whichever GPU they meet."""
         return self.name == "tensorrt-rtx"
 
-    def logger(self) -> Any:
-        """A logger for its builders and runtimes, whose `errors` keeps what went wrong last."""
-        return _logger_class(self.module)()
+    def logger(self, errors: int = logging.ERROR) -> Any:
+        """A logger for its builders and runtimes, which keeps what went wrong last; `errors` is their level."""
+        return _logger_class(self.module, errors)()
 
 
 def installed(name: str | None = None) -> Flavour:
@@ -56,11 +56,24 @@ def installed(name: str | None = None) -> Flavour:
     raise EngineUnavailable(f"{' or '.join(wanted)} is not installed: {install}")
 
 
-def _logger_class(trt: Any) -> type[Any]:
+def installed_or_other(name: str) -> Flavour:
+    """The flavour `name`, or where that is not installed the one that is; raises EngineUnavailable."""
+    try:
+        return installed(name if name in FLAVOURS else None)
+    except EngineUnavailable as error:
+        missing = error
+    try:
+        return installed()
+    except EngineUnavailable:
+        raise missing from None
+
+
+def _logger_class(trt: Any, errors: int) -> type[Any]:
+    wrong = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
     levels = {
-        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
-        trt.ILogger.ERROR: logging.ERROR,
+        **dict.fromkeys(wrong, errors),
         trt.ILogger.WARNING: logging.INFO,  # it warns about much that is none of a user's business
+        trt.ILogger.INFO: logging.DEBUG,
     }
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -69,9 +82,10 @@ def _logger_class(trt: Any) -> type[Any]:
             self.errors: deque[str] = deque(maxlen=5)
 
         def log(self, severity: Any, message: str) -> None:
-            level = levels.get(severity, logging.DEBUG)
-            log.log(level, "%s", message)
-            if level == logging.ERROR:
+            if severity not in levels:  # every step it takes
+                return
+            log.log(levels[severity], "%s", message)
+            if severity in wrong:
                 self.errors.append(message)
 
         def last_error(self) -> str:

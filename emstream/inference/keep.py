@@ -12,6 +12,19 @@ from emstream.errors import EngineError
 log = logging.getLogger(__name__)
 
 
+def check_writable(path: Path) -> None:
+    """Raise the EngineError that `write_whole` would, before there is something to write."""
+    trial = path.with_name(f"{path.name}.{os.getpid()}.trial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise EngineError(f"cannot write {path}: {error}") from None
+
+
 def write_whole(path: Path, *parts: bytes) -> None:
     """Write `path`, also when killed or when others write it, too, so that no reader finds a part of it.
 

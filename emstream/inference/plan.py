@@ -14,22 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shlex
 import struct
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from emstream.cuda import GpuInfo
-from emstream.errors import EngineInvalid, EngineUnavailable
+from emstream.errors import EngineError, EngineInvalid, EngineNotFound, EngineUnavailable
 from emstream.inference.card import EngineCard
 from emstream.inference.keep import write_whole
 
 _MAGIC = b"emstream plan 1\n"
 _DIGEST_BYTES = 32
 _LONGEST_RECORD = 1 << 20
+_MOST_NUMBERS = 2**31 - 1  # in one of TensorRT's tensors
 PLAN_TYPES = ("uint8", "uint16", "uint32", "float32")
 
 
@@ -49,6 +52,14 @@ class Profile:
             raise ValueError(f"a plan's pixel type must be one of {', '.join(PLAN_TYPES)}, got {self.type!r}")
         if self.max_batch < 1:
             raise ValueError(f"a plan's largest batch must be at least 1 frame, got {self.max_batch}")
+        numbers = (
+            self.max_batch * math.prod(self.shape) * (1 if self.type == "float32" else self.dtype.itemsize)
+        )
+        if numbers > _MOST_NUMBERS:
+            raise ValueError(
+                f"a plan's largest batch must be at most {_MOST_NUMBERS} bytes (of float32: pixels), "
+                f"got {self.max_batch} frames of {self.height}x{self.width} {self.type}: {numbers}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,10 +83,14 @@ class Record:
     flavour: str
     version: str
     gpu: str | None
-    """None: TensorRT for RTX built it for every GPU that it supports."""
+    """None: TensorRT for RTX built it for every GPU of its `targets`."""
     capability: str | None
     driver: str | None
     """Newest CUDA version that the driver knew."""
+    device: int | None
+    """The GPU's number when the plan was built."""
+    targets: tuple[str, ...]
+    """Compute capabilities of the GPUs it is for, where that is not one `gpu`."""
     precision: str
     profile: Profile
     built: str
@@ -83,28 +98,42 @@ class Record:
     emstream: str
     card: EngineCard
 
-    def rebuild(self, path: Path, **changes: Any) -> str:
-        """The command that builds this plan again, or with changes to its profile."""
+    def rebuild(
+        self, path: Path, *, flavour: str | None = None, device: int | None = None, **changes: Any
+    ) -> str:
+        """The command that builds this plan again, or for something else."""
         p = replace(self.profile, **changes)
         words = f"--size {p.height}x{p.width} --type {p.type} --max-batch {p.max_batch}".split()
-        return shlex.join(
-            ["emstream", "build", self.onnx, "-o", str(path), *words, "--flavour", self.flavour]
-        )
+        words += ["--flavour", flavour or self.flavour]
+        number = self.device if device is None else device
+        if number:
+            words += ["--device", str(number)]
+        return shlex.join(["emstream", "build", self.onnx, "-o", str(path), *words])
 
-    def check(self, path: Path, *, flavour: str, version: str, gpu: GpuInfo) -> None:
+    def check(self, path: Path, *, flavour: str, version: str, gpu: GpuInfo | None = None) -> None:
         """Raise EngineUnavailable, naming both sides, when this installation or GPU cannot run the plan."""
-        sides = [(f"{self.flavour} {self.version}", f"{flavour} {version}")]
-        if self.gpu is not None:
-            sides.append((f"{self.gpu} ({self.capability})", f"{gpu.name} ({gpu.capability})"))
-        for built, here in sides:
-            if built != here:
-                raise EngineUnavailable(
-                    f"{path} was built for {built}, and here is {here}; build it again: {self.rebuild(path)}"
-                )
+        command = self.rebuild(path, flavour=flavour, device=gpu.index if gpu else None)
+        built, here = f"{self.flavour} {self.version}", f"{flavour} {version}"
+        if built != here:
+            raise EngineUnavailable(
+                f"{path} was built for {built}, and here is {here}; build it again: {command}"
+            )
+        if gpu is None:
+            return
+        here = f"{gpu.name} ({gpu.capability})"
+        if self.gpu is not None and (built := f"{self.gpu} ({self.capability})") != here:
+            raise EngineUnavailable(
+                f"{path} was built for {built}, and here is {here}; build it again: {command}"
+            )
+        if self.gpu is None and self.targets and gpu.capability not in self.targets:
+            raise EngineUnavailable(
+                f"{path} was built for GPUs of compute capability {', '.join(self.targets)}, and here is "
+                f"{here}; build it on the machine with that GPU: {command}"
+            )
         if self.driver is not None and _number(gpu.driver) < _number(self.driver):
             raise EngineUnavailable(
                 f"{path} was built with a driver for CUDA {self.driver}, and the one here is for CUDA "
-                f"{gpu.driver}; update the driver or build it again: {self.rebuild(path)}"
+                f"{gpu.driver}; update the driver or build it again: {command}"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,13 +153,21 @@ def write_plan(path: Path, record: Record, compiled: bytes) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """What `path` was built from and for; needs no GPU. Raises EngineInvalid."""
+    """What `path` was built from and for; needs no GPU. Raises what `read_plan` does."""
     return read_plan(path)[0]
 
 
 def read_plan(path: Path) -> tuple[Record, bytes]:
-    """The record, and what TensorRT compiled, to the last bit. Raises EngineInvalid."""
-    content = memoryview(path.read_bytes())
+    """The record, and what TensorRT compiled, to the last bit.
+
+    Raises EngineNotFound, EngineInvalid, or EngineError when it cannot be read.
+    """
+    try:
+        content = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        raise EngineNotFound(f"no plan at {path}; build one: {_build_somehow(path)}") from None
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error}") from None
     if content[: len(_MAGIC)] != _MAGIC:
         raise EngineInvalid(
             f"{path} does not say what it was built from, as plans of emstream do; "
@@ -139,7 +176,7 @@ def read_plan(path: Path) -> tuple[Record, bytes]:
     digest, rest = content[len(_MAGIC) :][:_DIGEST_BYTES], content[len(_MAGIC) + _DIGEST_BYTES :]
     try:
         record, compiled = _split(rest)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineInvalid(
             f"{path} is a damaged plan ({error}); build it again: {_build_somehow(path)}"
         ) from None
@@ -156,10 +193,36 @@ def _split(rest: memoryview) -> tuple[Record, memoryview]:
     (length,) = struct.unpack_from("<Q", rest)
     if length > _LONGEST_RECORD:
         raise ValueError(f"a record of {length} bytes")
-    values = json.loads(bytes(rest[8 : 8 + length]))
-    values["profile"] = Profile(**values["profile"])
-    values["card"] = EngineCard(**{**values["card"], "dose_range": tuple(values["card"]["dose_range"])})
-    unknown = set(values) ^ {field.name for field in fields(Record)}
-    if unknown:
+    record = _made(Record, json.loads(bytes(rest[8 : 8 + length])))
+    for name in ("capability", "driver"):
+        version = getattr(record, name)
+        if version is not None and not re.fullmatch(r"\d+(\.\d+)*", version, re.ASCII):
+            raise ValueError(f"{name} must be a version such as 13.0, got {version!r}")
+    if len(rest) == 8 + length:
+        raise ValueError("it holds no compiled network")
+    return record, rest[8 + length :]
+
+
+def _made(kind: Any, values: Any) -> Any:
+    """The dataclass `kind` of what JSON holds; raises ValueError unless it has all fields, each of its type."""
+    kinds = get_type_hints(kind)
+    if unknown := set(values) ^ set(kinds):
         raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
-    return Record(**values), rest[8 + length :]
+    made = {}
+    for name, wanted in kinds.items():
+        value = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        made[name] = _made(wanted, value) if is_dataclass(wanted) else value
+        if not _is(made[name], wanted):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return kind(**made)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    if get_origin(wanted) is tuple:
+        kinds = get_args(wanted)
+        if not isinstance(value, tuple) or (len(value) != len(kinds) and kinds[-1] is not Ellipsis):
+            return False
+        return all(_is(each, kinds[0]) for each in value)
+    if wanted is float:
+        wanted = int | float
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))

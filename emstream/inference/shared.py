@@ -40,6 +40,7 @@ class SharedEngine(Engine):
         self._engines = list(engines)
         self._under_way = [0] * len(engines)
         self._resting = [0] * len(engines)  # batches yet to be given to others
+        self._last = len(engines) - 1  # the one chosen last
         self._lock = threading.Lock()
         self.name, self.sha256, self.card = first.name, first.sha256, first.card
         self.device = " + ".join(engine.device for engine in engines)
@@ -85,10 +86,12 @@ class SharedEngine(Engine):
             engine.close()
 
     def _choose(self) -> int:
-        """The engine with the least to do of those that are not resting, lock held."""
+        """The engine with the least to do of those that are not resting, in turns; lock held."""
         load = [n / engine.depth for n, engine in zip(self._under_way, self._engines, strict=True)]
         awake = [place for place, rest in enumerate(self._resting) if not rest and load[place] < 1]
-        return min(awake or range(len(load)), key=load.__getitem__)
+        turn = [(place - self._last - 1) % len(load) for place in range(len(load))]
+        self._last = min(awake or range(len(load)), key=lambda place: (load[place], turn[place]))
+        return self._last
 
     def _settle(self, place: int, error: BaseException | None = None) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ one stream for all lanes, so that they can share TensorRT's working memory::
     lane 1            | upload |           | download |
     compute           | 0      | 1         | 2 ...
 
-Events tie the streams together; nothing waits for the whole device. Batches in
+Events tie the streams together; in the steady state nothing waits for the whole device. Batches in
 page-locked memory (the ring's, from `allocate`) are copied by the GPU itself. Others,
 and frames of another type or smaller than the plan's, go through the lane's own
 page-locked memory.
@@ -55,6 +55,9 @@ class Program(Protocol):
 
     def context(self, batch: int, counts: int, expected: int, working: int) -> Context:
         """Set up for `batch` frames at the device addresses `counts`, `expected` and `working`."""
+
+    def keep_kernels(self) -> None:
+        """Keep the kernels compiled so far for the next start, where there are any."""
 
     def close(self) -> None:
         """Keep what is worth keeping for the next start, and free the rest; its contexts are gone."""
@@ -113,9 +116,12 @@ class TensorRTProgram:
             raise EngineError(f"TensorRT refuses a batch of {shape}: {self._logger.last_error()}")
         return _TensorRTContext(context, self._logger)
 
-    def close(self) -> None:
+    def keep_kernels(self) -> None:
         if self._cache is not None and self._cache_path is not None:
             keep(self._cache_path, bytes(self._cache.serialize()))
+
+    def close(self) -> None:
+        self.keep_kernels()
         self._how = self._cache = self._engine = self._runtime = None
 
 
@@ -241,12 +247,16 @@ class TensorRTEngine(Engine):
                 tickets = [self.submit(counts[:batch], expected[:batch]) for _ in self._lanes]
                 for ticket in tickets:
                     self.collect(ticket)
+        with self._gpu.current():
+            self._program.keep_kernels()
 
     def close(self) -> None:
-        """Free what it holds on the device; nothing may be under way. A broken GPU is only logged."""
+        """Free what it holds on the device, once nothing is under way. A broken GPU is only logged."""
         if self._closed:
             return
         self._closed = True
+        for lane in self._lanes:
+            self._wait_for(lane)
         with self._gpu.current():
             for lane in self._lanes:
                 lane.runs.clear()
@@ -306,7 +316,7 @@ class TensorRTEngine(Engine):
         p = self._profile
         self._check_type(counts.dtype)
         batch, height, width = counts.shape
-        larger: dict[str, int] = {}
+        larger: dict[str, Any] = {}
         if batch > p.max_batch:
             larger["max_batch"] = batch
         if height > p.height or width > p.width:
@@ -359,7 +369,13 @@ class TensorRTEngine(Engine):
         )
 
     def _retire(self, lane: _Lane) -> None:
-        """After a failed submit: wait for what uses the lane, on either stream, then it is idle again."""
+        """After a failed submit: the lane is idle again."""
+        self._wait_for(lane)
+        with self._lock:
+            self._idle.append(lane)
+
+    def _wait_for(self, lane: _Lane) -> None:
+        """Wait for what uses the lane, on either stream."""
         try:
             with self._gpu.current():
                 self._gpu.record(lane.computed, self._compute)
@@ -367,9 +383,7 @@ class TensorRTEngine(Engine):
                 self._gpu.record(lane.downloaded, lane.stream)
                 self._gpu.synchronize(lane.downloaded)
         except CudaError as error:
-            log.warning("after a failed batch: %s", error)
-        with self._lock:
-            self._idle.append(lane)
+            log.warning("waiting for a batch: %s", error)
 
 
 def _mirror(frames: np.ndarray, known: int) -> None:
@@ -382,7 +396,13 @@ def _mirror(frames: np.ndarray, known: int) -> None:
 
 def load_plan(path: Path, gpu: Gpu, flavour: Flavour, kernel_cache: Path | None = None) -> TensorRTEngine:
     """Check what the plan was built for, then load it."""
-    record, compiled = read_plan(path)
+    return load_compiled(path, *read_plan(path), gpu, flavour, kernel_cache)
+
+
+def load_compiled(
+    path: Path, record: Record, compiled: bytes, gpu: Gpu, flavour: Flavour, kernel_cache: Path | None = None
+) -> TensorRTEngine:
+    """`load_plan`, of what was read from `path` before."""
     record.check(path, flavour=flavour.name, version=flavour.version, gpu=gpu.info)
     try:
         with gpu.current():

@@ -6,7 +6,9 @@ across the middle of what they share blends them, so that no seam shows.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -138,8 +140,25 @@ class TiledEngine(Engine):
             for length, tile in zip(counts.shape, self._tile, strict=True)
         )
         expected.fill(0)
-        for (top, bottom), down in zip(rows, ramp(rows), strict=True):
-            for (left, right), across in zip(columns, ramp(columns), strict=True):
-                tile = np.ascontiguousarray(counts[None, top:bottom, left:right])
-                done = self._engine.collect(self._engine.submit(tile, np.empty(tile.shape, np.float32)))[0]
-                expected[top:bottom, left:right] += done * down[:, None] * across
+        flying: deque[tuple[Any, np.ndarray, np.ndarray, np.ndarray]] = deque()
+
+        def land() -> None:
+            ticket, _tile, place, weight = flying.popleft()
+            place += self._engine.collect(ticket)[0] * weight
+
+        try:
+            for (top, bottom), down in zip(rows, ramp(rows), strict=True):
+                for (left, right), across in zip(columns, ramp(columns), strict=True):
+                    tile = np.ascontiguousarray(counts[None, top:bottom, left:right])
+                    if len(flying) >= self._engine.depth_for(tile.shape[1:]):
+                        land()
+                    ticket = self._engine.submit(tile, np.empty(tile.shape, np.float32))
+                    place = expected[top:bottom, left:right]
+                    flying.append((ticket, tile, place, down[:, None] * across))
+            while flying:
+                land()
+        finally:
+            # After a failure: what is still in flight belongs to the engine until it is collected.
+            while flying:
+                with contextlib.suppress(Exception):
+                    land()

@@ -14,6 +14,7 @@ On a CPU torch's streams and events do nothing, and the same lines run one after
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import OrderedDict, deque
@@ -124,12 +125,20 @@ class TorchEngine(Engine):
     def allocate(self, nbytes: int) -> np.ndarray:
         if not self._on_gpu:
             return allocate_pageable(nbytes)
-        memory: np.ndarray = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        try:
+            with self._current():
+                memory: np.ndarray = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError as error:
+            raise EngineError(f"{self.device}: no page-locked memory of {nbytes} bytes: {error}") from None
         return memory
+
+    def _current(self) -> Any:
+        """Within it this engine's GPU is the one that page-locks and captures."""
+        return torch.cuda.device(self._place) if self._on_gpu else contextlib.nullcontext()
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._current():
                 idle = self._lanes(counts)
                 if not idle:
                     raise EngineError(f"{self.depth} batches are in flight already: collect one first")

@@ -48,6 +48,8 @@ def record_of(profile: Profile, **changes: Any) -> Record:
         "gpu": None,
         "capability": None,
         "driver": None,
+        "device": None,
+        "targets": ("8.0", "8.6", "8.9", "12.0"),
         "precision": "fp16",
         "profile": profile,
         "built": "2026-01-01T00:00:00+00:00",
@@ -78,6 +80,7 @@ def pretend_tensorrt(
     if real is not None:
         names = {name: getattr(real, name) for name in dir(real) if not name.startswith("__")}
         version = real.__version__
+        names["Builder"] = lambda logger: Builder(real.Builder(logger), logger, gpus)
     else:
         names = {"ILogger": ILogger}
     names |= {
@@ -87,6 +90,27 @@ def pretend_tensorrt(
         "Runtime": lambda logger: Runtime(logger, gpus, network),
     }
     return SimpleNamespace(**names)
+
+
+class Builder:
+    """The real one, where the context of the GPU to build for is current."""
+
+    def __init__(self, real: Any, logger: Any, gpus: Sequence[PretendGpu]) -> None:
+        self._real, self._logger, self._gpus = real, logger, gpus
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def build_serialized_network(self, network: Any, config: Any) -> Any:
+        here = [gpu for gpu in self._gpus if gpu.is_current]
+        if self._gpus and not here:
+            self._logger.log(self._logger.ERROR, "no CUDA context is current")
+            return None
+        for gpu in here:
+            gpu.call("build")
+        if config.num_compute_capabilities:
+            config.num_compute_capabilities = 0  # for the GPU that is not really here
+        return self._real.build_serialized_network(network, config)
 
 
 class Runtime:

@@ -56,7 +56,7 @@ def client() -> Iterator[Client]:
             threads_per_worker=1,
             processes=False,
             protocol="tcp://",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
         ) as cluster,
         Client(cluster) as client,
@@ -309,7 +309,7 @@ def test_impossible_specimen_stops_the_simulation_with_its_seed(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"images_each": 22}, "must lie in 1-21, the defoci of 0 to 20 nm, got 22"),
+        ({"images_each": 42}, "must lie in 1-41, the defoci of -20 to 20 nm, got 42"),
         ({"defocus_nm": (5, 1)}, "from low to high, got 5 to 1 nm"),
         ({"defects": "none"}, "defects must be one of paper, all"),
         ({"material": "wood"}, "material must be one of"),
@@ -323,7 +323,7 @@ def test_impossible_plans_are_refused(change: dict[str, Any], text: str) -> None
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--images-each", "30"], "must lie in 1-21"),
+        (["--images-each", "42"], "must lie in 1-41"),
         (["--specimens", "0"], "--specimens must be at least 1, got 0"),
         (["--first-seed", "-1"], "--first-seed must be at least 0, got -1"),
         (["--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "brings its own"),

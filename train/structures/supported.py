@@ -278,14 +278,15 @@ def _with_defect(
     if defect in ("D1", "D2"):
         gone = rng.choice(surface, size=int(defect[1]), replace=False)
         return r[~np.isin(index, gone)]
-    column = rng.choice(surface)
-    atoms = np.flatnonzero(index == column)
     if defect == "Dh":
+        atoms = np.flatnonzero(index == rng.choice(surface))
         atoms = atoms[np.argsort(r[atoms, 2])]
         return np.delete(r, atoms[: len(atoms) // 2], axis=0)
-    outward = places[column] - places.mean(axis=0)
-    extra = r[atoms].copy()
-    extra[:, :2] += outward / np.linalg.norm(outward) * metal.lattice_a / np.sqrt(3)
+    sites = _free_sites(r, metal)
+    index, places = columns(sites)
+    lengths = np.bincount(index)
+    extra = sites[index == rng.choice(np.flatnonzero(2 * lengths >= lengths.max()))]
+    extra = extra[np.argsort(extra[:, 2])]
     keep = max(1, round(len(extra) * rng.uniform(0.3, 1.0)))
     return np.concatenate([r, extra[:keep]])
 
@@ -308,20 +309,8 @@ def _facet_layer(places: np.ndarray, facets: Facets, rng: np.random.Generator) -
 
 
 def _adatoms(r: np.ndarray, metal: Metal, rng: np.random.Generator) -> np.ndarray:
-    """Atoms (N, 3) in places where the lattice of `r` would go on, each with at least three neighbours in `r`.
-
-    Adatoms in front of a column or behind it are left out: in projection nobody would see them.
-    """
-    tree = cKDTree(r)
-    bonded = tree.query_ball_point(r, 1.1 * metal.bond_a)
-    bulk = max(range(len(r)), key=lambda atom: len(bonded[atom]))
-    bonds = r[[atom for atom in bonded[bulk] if atom != bulk]] - r[bulk]
-    sites = (r[:, None] + bonds).reshape(-1, 3)
-    sites = sites[np.unique(np.round(sites, 3), axis=0, return_index=True)[1]]
-    supported = tree.query_ball_point(sites, 1.1 * metal.bond_a, return_length=True) >= 3
-    vacant = cKDTree(columns(r)[1]).query(sites[:, :2])[0] > 0.5
-    sites = sites[supported & vacant & (sites[:, 1] > 1.0)]
-
+    """One to three short columns (N, 3), some way apart, in free sites of `r`."""
+    sites = _free_sites(r, metal)
     index, places = columns(sites)
     chosen: list[int] = []
     for column in rng.permutation(len(places)):
@@ -336,3 +325,20 @@ def _adatoms(r: np.ndarray, metal: Metal, rng: np.random.Generator) -> np.ndarra
         first = rng.integers(len(atoms) - count + 1)
         adatoms.append(atoms[first : first + count])
     return np.concatenate(adatoms)
+
+
+def _free_sites(r: np.ndarray, metal: Metal) -> np.ndarray:
+    """Places (N, 3) where the lattice of `r` would go on, each with at least three neighbours in `r`.
+
+    Those in front of a column or behind it are left out: in projection nobody would see an atom there.
+    """
+    tree = cKDTree(r)
+    bonded = tree.query_ball_point(r, 1.1 * metal.bond_a)
+    bulk = max(range(len(r)), key=lambda atom: len(bonded[atom]))
+    bonds = r[[atom for atom in bonded[bulk] if atom != bulk]] - r[bulk]
+    sites = (r[:, None] + bonds).reshape(-1, 3)
+    sites = sites[np.unique(np.round(sites, 3), axis=0, return_index=True)[1]]
+    supported = tree.query_ball_point(sites, 1.1 * metal.bond_a, return_length=True) >= 3
+    vacant = cKDTree(columns(r)[1]).query(sites[:, :2])[0] > 0.5
+    free: np.ndarray = sites[supported & vacant & (sites[:, 1] > 1.0)]
+    return free

@@ -1,0 +1,97 @@
+"""Putting a service together, and its signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emstream import serve
+from emstream.errors import EngineError, EngineUnavailable
+from emstream.inference import IdentityEngine
+from emstream.serve import Settings, build, stop_on_signals
+
+
+class Unfit(IdentityEngine):
+    """What a GPU makes of a network it cannot run."""
+
+    closed = False
+
+    def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        raise EngineError("no kernel for compute capability 6.1")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def settings(folder: Path, **change: Any) -> Settings:
+    return Settings(**{"input": "sim://", "output": f"ipc://{folder}/out", **change})
+
+
+def test_gpu_that_cannot_prepare_gives_way_to_the_cpu_unless_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    unfit, devices = Unfit(), []
+
+    def load_engine(path: Any, *, device: str, **options: Any) -> IdentityEngine:
+        devices.append(device)
+        return IdentityEngine() if device == "cpu" else unfit
+
+    monkeypatch.setattr(serve, "load_engine", load_engine)
+    service = build(settings(tmp_path))
+    service.close()
+    assert devices == ["auto", "cpu"]
+    assert unfit.closed
+    assert "the CPU is used: no kernel for compute capability 6.1" in caplog.text
+    for change in ({"device": "0"}, {"engine": "u.plan"}):
+        with pytest.raises(EngineError, match="no kernel"):
+            build(settings(tmp_path, **change))
+
+
+def test_engine_that_is_not_to_be_had_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_engine(path: Any, *, device: str, **options: Any) -> IdentityEngine:
+        assert device == "auto"
+        raise EngineUnavailable("it needs PyTorch")
+
+    monkeypatch.setattr(serve, "load_engine", load_engine)
+    with pytest.raises(EngineUnavailable, match="it needs PyTorch"):
+        build(settings(tmp_path))
+
+
+def test_signals_stop_and_are_given_back() -> None:
+    stops: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals(lambda: stops.append(1)):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert len(stops) == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
+def test_third_signal_ends_a_process_that_hangs(last: signal.Signals) -> None:
+    program = f"""
+        import signal
+        from emstream.serve import stop_on_signals
+        with stop_on_signals(lambda: print("stop", flush=True)):
+            for number in (signal.SIGINT, signal.SIGTERM, {int(last)}):
+                signal.raise_signal(number)
+            print("still here")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -last, done.stderr
+    assert done.stdout == "stop\nstop\n"
