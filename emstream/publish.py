@@ -7,6 +7,7 @@ that lags loses frames at its own queue, and nobody else notices.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +98,14 @@ class Publisher:
         """Send one message on the stats topic."""
         self._socket.send_multipart([STATS, wire.pack({"htype": wire.STATS, **message})])
 
+    def wait_for(self, topic: bytes, timeout_s: float) -> bool:
+        """Wait until somebody has subscribed to `topic`; False when nobody does. Before the first frame only."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self._wants(topic):
+            if not self._socket.poll(max(0, round(1000 * (deadline_s - time.monotonic())))):
+                return self._wants(topic)
+        return True
+
     def close(self, linger_s: float = 2.0) -> None:
         """End the open series and give subscribers `linger_s` to take what is queued."""
         self._close()
@@ -112,7 +121,7 @@ class Publisher:
     def _note_latency(self, slot: Slot, row: int, header: FrameHeader, published_ns: int) -> None:
         latency = self._ledger.latency
         received_ns = slot.received_ns[row]
-        if header.timestamp_ns is not None:
+        if header.timestamp_ns is not None and "replayed_ns" not in header.extra:
             latency["camera_to_received"].add(received_ns - header.timestamp_ns)
         latency["received_to_batched"].add(slot.batched_ns - received_ns)
         latency["batched_to_inferred"].add(slot.inferred_ns - slot.batched_ns)
