@@ -99,12 +99,13 @@ class Publisher:
         self._socket.send_multipart([STATS, wire.pack({"htype": wire.STATS, **message})])
 
     def wait_for(self, topic: bytes, timeout_s: float) -> bool:
-        """Wait until somebody has subscribed to `topic`; False when nobody does. Before the first frame only."""
+        """Wait until somebody has subscribed to `topic` itself; False when nobody does. Before the first frame only."""
         deadline_s = time.monotonic() + timeout_s
-        while not self._wants(topic):
-            if not self._socket.poll(max(0, round(1000 * (deadline_s - time.monotonic())))):
-                return self._wants(topic)
-        return True
+        self._hear()
+        while topic not in self._subscribed and time.monotonic() < deadline_s:
+            self._socket.poll(round(1000 * (deadline_s - time.monotonic())))
+            self._hear()
+        return topic in self._subscribed
 
     def close(self, linger_s: float = 2.0) -> None:
         """End the open series and give subscribers `linger_s` to take what is queued."""
@@ -155,10 +156,14 @@ class Publisher:
 
     def _wants(self, topic: bytes) -> bool:
         """Whether anybody has subscribed to `topic`."""
+        self._hear()
+        return any(topic.startswith(prefix) for prefix in self._subscribed)
+
+    def _hear(self) -> None:
+        """Note who subscribes and who leaves."""
         while self._socket.poll(0):
             message = self._socket.recv()
             if message[:1] == b"\1":
                 self._subscribed.add(message[1:])
             elif message[:1] == b"\0":
                 self._subscribed.discard(message[1:])
-        return any(topic.startswith(prefix) for prefix in self._subscribed)
