@@ -40,7 +40,7 @@ from emstream.publish import DENOISED, RAW, STATS, Publisher
 from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
-from emstream.recording.layout import COUNTERS
+from emstream.recording.layout import COUNTERS, WRITE_ERROR
 from emstream.recording.writer import RecordingFile, compression
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ _START_S = 60.0
 _QUIET_MS = 500
 _END_S = 600.0
 
-STOPPED, COUNTED, SERIES_ENDED, DISK_LOW, WRITE_ERROR = (
-    "stopped", "frames counted", "series ended", "disk low", "write error",
-)  # fmt: skip
+STOPPED, COUNTED, SERIES_ENDED, DISK_LOW = "stopped", "frames counted", "series ended", "disk low"
 FAILURES = (DISK_LOW, WRITE_ERROR)
 
 

@@ -9,3 +9,5 @@ SUFFIXES = (".h5", ".hdf5", ".nxs")
 TRACKS = ("raw", "denoised")
 COUNTERS = ("received", "published", "dropped", "rejected", "failed", "in_flight", "missing")
 UNKNOWN = -1
+WRITE_ERROR = "write error"
+"""How a recording ended that could not be written to its end."""

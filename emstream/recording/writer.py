@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from emstream.errors import OutputError
 from emstream.frame import FrameHeader
 from emstream.recording.backlog import Entry
 from emstream.recording.gaps import GapMap
-from emstream.recording.layout import COUNTERS, MARK, TRACKS, UNKNOWN, VERSION
+from emstream.recording.layout import COUNTERS, MARK, TRACKS, UNKNOWN, VERSION, WRITE_ERROR
 from emstream.version import VERSION as EMSTREAM_VERSION
 
 _ROWS = 1024  # of a column's chunk
@@ -176,10 +177,14 @@ class RecordingFile:
 
     def abandon(self) -> None:
         """Close a file that can no longer be written; what was committed stays."""
+        nbytes = self.nbytes
         try:
-            self._note({"ended": "write error"})
+            self._note({"ended": WRITE_ERROR})
         finally:
             self._file.close()
+            # HDF5 reckons with the frame that failed; a hole in its place keeps the file from looking cut short.
+            if self.path.stat().st_size < nbytes:
+                os.truncate(self.path, nbytes)
 
     def _note(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
