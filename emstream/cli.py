@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from emstream.errors import EmstreamError, OutputError, SourceError
 from emstream.intake import Overrun
+
+if TYPE_CHECKING:
+    from emstream.record import RecorderProcess
 
 
 class _Group(TyperGroup):
@@ -213,7 +216,7 @@ def serve(
                     )
                 )  # fmt: skip
                 recorder.wait_until_it_listens(service.publisher)
-                stack.callback(lambda: recordings.append(recorder.finish()))
+                stack.callback(lambda: recordings.append(_finished(recorder)))
                 if look_back:
                     stack.enter_context(_begin_on_signal(recorder.begin))
 
@@ -277,8 +280,18 @@ def _check_recording(report: dict[str, Any] | None = None) -> None:
     """A recording that did not end as it was meant to is a failure, however well it ended."""
     from emstream.record import FAILURES
 
+    if report and "error" in report:
+        raise OutputError(report["error"])
     if report and report["ended"] in FAILURES:
         raise OutputError(f"the recording ended early: {report['ended']}; what came before is whole")
+
+
+def _finished(recorder: RecorderProcess) -> dict[str, Any]:
+    """Its report. That a recording failed is no reason for the service to withhold its own."""
+    try:
+        return recorder.finish()
+    except EmstreamError as error:
+        return {"files": [], "ended": "failed", "error": str(error)}
 
 
 @contextmanager

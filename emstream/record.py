@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import secrets
 import signal
 import threading
@@ -140,7 +141,7 @@ class Recorder:
         self._file: RecordingFile | None = None
         self._files: list[Path] = []
         self._recorded = {"raw": 0, "denoised": 0}
-        self._misfits = 0
+        self._unwritten = {"raw": 0, "denoised": 0}
         self._warned_lost = 0
         self._started_s = time.monotonic()
 
@@ -321,18 +322,18 @@ class Recorder:
             self._warned_lost = lost
 
     def _lost(self) -> dict[str, int]:
-        lost = dict(self._backlog.lost)
-        lost["denoised"] += self._misfits
-        return lost
+        return {topic: self._backlog.lost[topic] + self._unwritten[topic] for topic in self._recorded}
 
     # -- writing --------------------------------------------------------------------
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
-            work()
-        except OSError as error:
-            log.error("%s cannot be written: %s", self.path, error.strerror or str(error).splitlines()[0])
-            self._ended = WRITE_ERROR
+            try:
+                work()
+            except (OSError, RuntimeError) as error:  # h5py has both for a disk that fails
+                if self._file is None:
+                    raise
+                self._give_up(self._file, error)
         except BaseException as error:
             self._fault = self._fault or error
         finally:
@@ -341,6 +342,17 @@ class Recorder:
                 with contextlib.suppress(OSError, RuntimeError):
                     self._file.abandon()
             self._stopping.set()
+
+    def _give_up(self, file: RecordingFile, error: Exception) -> None:
+        """The disk would not take the rest: what cannot be committed now is lost."""
+        errno = getattr(error, "errno", None)
+        log.error("%s cannot be written: %s", file.path, os.strerror(errno) if errno else error)
+        self._ended = WRITE_ERROR
+        with contextlib.suppress(OSError, RuntimeError):
+            file.commit(self._counters())
+        for topic, rows in file.uncommitted.items():
+            self._recorded[topic] -= rows
+            self._unwritten[topic] += rows
 
     def _write(self) -> None:
         next_commit_s = time.monotonic() + COMMIT_S
@@ -366,10 +378,10 @@ class Recorder:
             self._open_for(entry)
         if self._file is None:
             return  # a denoised frame whose raw one came before the recorder did
-        if not self._file.add(entry):
-            self._misfits += 1
-            return
         if entry.frame is not None:
+            self._unwritten[entry.topic] += 1
+        if self._file.add(entry) and entry.frame is not None:
+            self._unwritten[entry.topic] -= 1
             self._recorded[entry.topic] += 1
             self._missing = self._missing_before + self._file.gaps.missing
 

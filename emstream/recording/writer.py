@@ -120,6 +120,11 @@ class RecordingFile:
         return {name: track.rows for name, track in self._tracks.items()}
 
     @property
+    def uncommitted(self) -> dict[str, int]:
+        """Rows of each track that a kill would cost."""
+        return {name: track.rows - track.vouched for name, track in self._tracks.items()}
+
+    @property
     def nbytes(self) -> int:
         """Size of the file so far."""
         return int(self._file.id.get_filesize())
@@ -232,7 +237,7 @@ class _Track:
         self._complete = self.group.create_dataset("complete", data=np.int64(0))
         self._pending: list[tuple[int, int, int]] = []
         self.raw_rows: list[int] = []
-        self.rows = 0
+        self.rows = self.vouched = 0
 
     def add(self, entry: Entry) -> int:
         """Write the pixels, keep the rest for the next commit; returns the row."""
@@ -255,8 +260,9 @@ class _Track:
 
     def vouch(self) -> None:
         """Say that all rows are whole."""
-        if self._complete[()] != self.rows:
+        if self.vouched != self.rows:
             self._complete[()] = self.rows
+            self.vouched = self.rows
 
 
 class _Texts:

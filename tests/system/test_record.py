@@ -197,7 +197,7 @@ def test_file_size_limit_ends_the_recording_and_not_the_service(service: str, tm
     """A quota: writing fails, while the disk itself has room."""
     pytest.importorskip("resource")
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)); "
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000)); "
         "from emstream.cli import main; sys.argv[0] = 'emstream'; main()"
     )
     command = [
@@ -222,11 +222,12 @@ def test_file_size_limit_ends_the_recording_and_not_the_service(service: str, tm
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with little more than the reserve and a minute of the service's frames."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A small file system; by default little more than the reserve and a minute of the service's frames."""
+    size_mib = getattr(request, "param", 160)
     folder = tmp_path / "small"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)]
     if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root")
     yield folder
@@ -252,6 +253,19 @@ def test_disk_that_runs_low_ends_the_recording_cleanly_with_a_warning(
     assert again.returncode == 1
     assert "make room or record elsewhere" in again.stderr
     assert not (small_disk / "s.h5").exists()
+
+
+@pytest.mark.parametrize("small_disk", [70], indirect=True)
+def test_service_goes_on_when_its_recorder_refuses_to_start(small_disk: Path, tmp_path: Path) -> None:
+    camera = f"sim://?rate={RATE}&height={SIZE}&width={SIZE}&frames=150"
+    done = emstream("serve", "--input", camera, "--engine", "identity", "--output", f"ipc://{tmp_path}/out",
+                    "--overrun", "block", "--record", small_disk, "--json")  # fmt: skip
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert report["ledger"]["published"] == 150
+    assert "make room or record elsewhere" in report["recording"]["error"]
+    assert "error: no recording" in done.stderr
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize(
