@@ -142,6 +142,7 @@ class Recorder:
         self._files: list[Path] = []
         self._recorded = {"raw": 0, "denoised": 0}
         self._unwritten = {"raw": 0, "denoised": 0}
+        self._next_commit_s = 0.0
         self._warned_lost = 0
         self._started_s = time.monotonic()
 
@@ -355,18 +356,18 @@ class Recorder:
             self._unwritten[topic] += rows
 
     def _write(self) -> None:
-        next_commit_s = time.monotonic() + COMMIT_S
+        self._next_commit_s = time.monotonic() + COMMIT_S
         while not self._backlog.is_done:
-            entry = self._backlog.take(max(0.0, next_commit_s - time.monotonic()))
+            entry = self._backlog.take(max(0.0, self._next_commit_s - time.monotonic()))
             if entry is not None:
                 self._write_entry(entry)
-            if time.monotonic() >= next_commit_s:
+            if time.monotonic() >= self._next_commit_s:
                 if self._file is not None:
                     self._file.commit(self._counters())
                     self._watch_the_disk()
                     if self._ended == DISK_LOW:
                         self._backlog.give_up()
-                next_commit_s = time.monotonic() + COMMIT_S
+                self._next_commit_s = time.monotonic() + COMMIT_S
         if self._file is not None:
             self._close(self._ended or STOPPED)
 
@@ -399,6 +400,9 @@ class Recorder:
             path.unlink(missing_ok=True)
         self._file = RecordingFile(path, entry, part=part, compress=self.settings.compress, gaps=self._gaps)
         self._files.append(path)
+        self._next_commit_s = (
+            0.0  # at once: readable from the first frame on, room for a thousand headers taken
+        )
         log.info("recording to %s", path)
         if self._early_mark:
             self._file.add(self._early_mark)

@@ -318,6 +318,11 @@ def test_frames_beyond_all_memory_are_lost_and_counted_raw_ones_too(
     assert report["missing"] == pytest.approx(report["lost"]["raw"], abs=150)
 
 
+def committed(recorder: Recorder) -> bool:
+    """Whether all that was recorded is readable."""
+    return recorder._file is not None and not any(recorder._file.uncommitted.values())
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
@@ -338,6 +343,11 @@ def test_disk_that_is_full_ends_the_recording_with_what_was_committed(
     for first in range(0, 400, 20):  # little by little, so that there are commits
         run.send(range(first, first + 20), shape=(64, 64))
         run.rig.wait(lambda ledger, done=first + 20: ledger["published"] == done)
+        wait(
+            lambda done=first + 20: (
+                run.recorder._ended or (run.frames["raw"] == done and committed(run.recorder))
+            )
+        )
     report = run.join()
     assert report["ended"] == "write error"
     assert "No space left on device" in caplog.text

@@ -13,7 +13,7 @@ import numpy as np
 
 from emstream import wire
 from emstream.errors import FileFormatError, MalformedFrame
-from emstream.recording.layout import COUNTERS, MARK, SUFFIXES, UNKNOWN, VERSION, WRITE_ERROR
+from emstream.recording.layout import COUNTERS, MARK, SUFFIXES, UNKNOWN, VERSION
 
 
 def is_recording(path: Path) -> bool:
@@ -153,21 +153,9 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        if "already open for write" in str(error):
-            return h5py.File(path, "r", swmr=True)
-        if "truncated" in str(error) and (file := _unfinished(path)):
-            return file
-        raise
-
-
-def _unfinished(path: Path) -> h5py.File | None:
-    """A recording that is short because its disk would not take the rest, and knows it; else None."""
-    with contextlib.suppress(OSError, KeyError, RuntimeError):
-        file = h5py.File(path, "r", swmr=True)
-        if file["entry/recorder/ended"].asstr()[()] == WRITE_ERROR:
-            return file
-        file.close()
-    return None
+        if "already open for write" not in str(error):
+            raise
+    return h5py.File(path, "r", swmr=True)
 
 
 def _check_filters(path: Path, frames: h5py.Dataset) -> None:
