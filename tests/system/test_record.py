@@ -79,13 +79,13 @@ def published(service: str) -> Iterator[dict[int, int]]:
 
 
 def grows(path: Path, rows: int = 1) -> Callable[[], bool]:
-    """Whether `path` is a recording with that many rows."""
+    """Whether `path` is a recording with that many rows of either kind."""
 
     def check() -> bool:
         if not is_recording(path):
             return False
         with h5py.File(path, "r", swmr=True) as file:
-            return bool(file["entry/raw/complete"][()] >= rows)
+            return bool(file["entry/denoised/complete"][()] >= rows)
 
     return check
 
