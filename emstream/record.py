@@ -379,12 +379,13 @@ class Recorder:
             self._open_for(entry)
         if self._file is None:
             return  # a denoised frame whose raw one came before the recorder did
-        if entry.frame is not None:
-            self._unwritten[entry.topic] += 1
-        if self._file.add(entry) and entry.frame is not None:
-            self._unwritten[entry.topic] -= 1
-            self._recorded[entry.topic] += 1
-            self._missing = self._missing_before + self._file.gaps.missing
+        added = False
+        try:
+            added = self._file.add(entry)
+        finally:
+            if entry.frame is not None:
+                (self._recorded if added else self._unwritten)[entry.topic] += 1
+        self._missing = self._missing_before + self._file.gaps.missing
 
     def _open_for(self, entry: Entry) -> None:
         """Have a file open that takes this raw frame."""

@@ -127,6 +127,23 @@ def test_everything_published_is_recorded_as_it_was_published(start: Any, tmp_pa
         assert [mark["htype"] for _, mark in recording.marks] == [wire.START]
 
 
+def test_frame_that_is_being_written_is_not_taken_for_lost(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, add = [], RecordingFile.add
+
+    def watched(self: RecordingFile, entry: Any) -> bool:
+        seen.append(run.recorder.status()["lost"])
+        return add(self, entry)
+
+    monkeypatch.setattr(RecordingFile, "add", watched)
+    run = start(output=tmp_path / "r.h5", frames=5)
+    run.send(range(5))
+    run.join()
+    assert len(seen) > 9
+    assert all(lost == {"raw": 0, "denoised": 0} for lost in seen)
+
+
 def test_gap_map_holds_what_the_camera_left_out(start: Any, tmp_path: Path) -> None:
     run = start(output=tmp_path / "r.h5", frames=6)
     run.send([0, 1, 5, 6, 8, 9])
