@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from emstream.errors import EmstreamError
+from emstream.errors import EmstreamError, OutputError, SourceError
 from emstream.intake import Overrun
+
+if TYPE_CHECKING:
+    from emstream.record import RecorderProcess
 
 
 class _Group(TyperGroup):
@@ -60,6 +65,10 @@ Threads = Annotated[int | None, typer.Option(help="Cores for the engine. [defaul
 Device = Annotated[
     str, typer.Option(help="cpu, GPU numbers such as 0 or 0,1, or auto: a GPU where there is one.")
 ]
+LookBack = Annotated[
+    float, typer.Option(help="Record when told to, with what came this long before [s]. [default: at once]")
+]
+Split = Annotated[str | None, typer.Option(help="Begin another file at this size, e.g. 10GiB.")]
 ViewHost = Annotated[str, typer.Option(help="Address the live page listens on.")]
 ViewToken = Annotated[
     str | None,
@@ -167,6 +176,11 @@ def serve(
     view_host: ViewHost = "127.0.0.1",
     view_port: ViewPort = 8080,
     view_token: ViewToken = None,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE.h5|FOLDER", help="Record what is published, too.")
+    ] = None,
+    look_back: LookBack = 0.0,
+    split: Split = None,
     as_json: Json = False,
 ) -> None:
     """The service: frames in, denoised frames out, until the input ends or Ctrl-C.
@@ -185,6 +199,9 @@ def serve(
         frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
+    if record is None and (look_back or split):
+        raise ValueError("--look-back and --split are for recordings; give --record, too")
+    recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
 
         def ready(service: Service) -> None:
@@ -197,8 +214,138 @@ def serve(
                 page.start()
                 stack.callback(page.stop)
                 log.info("live page: %s", page.url)
+            if record is not None:
+                from emstream.record import RecorderProcess, RecordSettings
 
-        _print_report(run(settings, on_ready=ready), as_json)
+                recorder = RecorderProcess(
+                    RecordSettings(
+                        input=service.publisher.endpoint, output=record, look_back_s=look_back,
+                        split_bytes=_size(split, "split"),
+                    )
+                )  # fmt: skip
+                recorder.wait_until_it_listens(service.publisher)
+                stack.callback(lambda: recordings.append(_finished(recorder)))
+                if look_back:
+                    stack.enter_context(_begin_on_signal(recorder.begin))
+
+        report = run(settings, on_ready=ready)
+    if recordings:
+        report["recording"] = recordings[0]
+    _print_report(report, as_json)
+    _check_recording(*recordings)
+
+
+@app.command()
+def record(
+    output: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file, or a folder to name it in.")],
+    input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
+    look_back: LookBack = 0.0,
+    split: Split = None,
+    buffer: Annotated[str, typer.Option(help="Memory between receiving and the disk.")] = "1GiB",
+    frames: Annotated[int | None, typer.Option(help="Stop after this many raw frames.")] = None,
+    until_end: Annotated[bool, typer.Option("--until-end", help="Stop at the end of a series.")] = False,
+    compress: Annotated[bool, typer.Option(help="Bitshuffle and LZ4; takes emstream[files].")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.h5 if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Raw and denoised frames of a running service to HDF5, until Ctrl-C.
+
+    Example: **emstream record --input tcp://127.0.0.1:5556 run7.h5**
+    """
+    from emstream.record import Recorder, RecordSettings
+    from emstream.serve import stop_on_signals
+
+    size, room = _size(split, "split"), _size(buffer, "buffer")
+    assert room is not None
+    recorder = Recorder(
+        RecordSettings(
+            input=input, output=output, look_back_s=look_back, split_bytes=size, buffer_bytes=room,
+            frames=frames, until_end=until_end, compress=compress, overwrite=overwrite,
+        )
+    )  # fmt: skip
+    log = logging.getLogger("emstream.record")
+    with stop_on_signals(recorder.stop), _begin_on_signal(recorder.begin), _recording_line() as show:
+        log.info("listening to %s", input)
+        if look_back:
+            log.info(
+                "kill -USR1 %d, or Enter, begins with the past %g s; Ctrl-C ends", os.getpid(), look_back
+            )
+            _begin_on_enter(recorder.begin)
+        report = recorder.run(on_status=show)
+    _print_report(report, as_json)
+    if not report["files"] and not look_back:
+        raise SourceError(f"no frame came from {input}; is emstream serve running?")
+    _check_recording(report)
+
+
+def _size(text: str | None, what: str) -> int | None:
+    from emstream.recording.disk import bytes_of
+
+    return None if text is None else bytes_of(text, what)
+
+
+def _check_recording(report: dict[str, Any] | None = None) -> None:
+    """A recording that did not end as it was meant to is a failure, however well it ended."""
+    from emstream.record import FAILURES
+
+    if report and "error" in report:
+        raise OutputError(report["error"])
+    if report and report["ended"] in FAILURES:
+        raise OutputError(f"the recording ended early: {report['ended']}; what came before is whole")
+
+
+def _finished(recorder: RecorderProcess) -> dict[str, Any]:
+    """Its report. That a recording failed is no reason for the service to withhold its own."""
+    try:
+        return recorder.finish()
+    except EmstreamError as error:
+        return {"files": [], "ended": "failed", "error": str(error)}
+
+
+@contextmanager
+def _begin_on_signal(begin: Callable[[], None]) -> Iterator[None]:
+    """SIGUSR1 calls `begin`, where there is such a signal."""
+    if not hasattr(signal, "SIGUSR1"):
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: begin())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _begin_on_enter(begin: Callable[[], None]) -> None:
+    import threading
+
+    def wait() -> None:
+        if sys.stdin.readline():  # and not its end
+            begin()
+
+    if sys.stdin is not None and sys.stdin.isatty():
+        threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _recording_line() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """On a terminal, a line that says what is recorded and lost."""
+    from rich.console import Console
+
+    from emstream.recording.disk import text_of
+
+    console = Console(stderr=True)
+    with console.status("waiting for frames") as line:
+
+        def show(status: dict[str, Any]) -> None:
+            lost = sum(status["lost"].values()) + sum(status["unheard"].values())
+            counted = "[red]" if lost else ""
+            line.update(
+                f"{status['state']}: {status['frames']['raw']} raw, {status['frames']['denoised']} denoised; "
+                f"{counted}{lost} lost{'[/red]' if lost else ''}, {status['missing']} missing; "
+                f"buffer {text_of(status['buffer_bytes'])}, {text_of(status['free_bytes'])} free"
+            )
+
+        yield show
 
 
 @app.command()

@@ -7,6 +7,7 @@ that lags loses frames at its own queue, and nobody else notices.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,6 +103,15 @@ class Publisher:
         about = {"htype": wire.STATS, "sent_ns": now_ns(), "newest": self._newest}
         self._socket.send_multipart([STATS, wire.pack({**about, **message})])
 
+    def wait_for(self, topic: bytes, timeout_s: float) -> bool:
+        """Wait until somebody has subscribed to `topic` itself; False when nobody does. Before the first frame only."""
+        deadline_s = time.monotonic() + timeout_s
+        self._hear()
+        while topic not in self._subscribed and time.monotonic() < deadline_s:
+            self._socket.poll(round(1000 * (deadline_s - time.monotonic())))
+            self._hear()
+        return topic in self._subscribed
+
     def close(self, linger_s: float = 2.0) -> None:
         """End the open series and give subscribers `linger_s` to take what is queued."""
         self._close()
@@ -117,7 +127,7 @@ class Publisher:
     def _note_latency(self, slot: Slot, row: int, header: FrameHeader, published_ns: int) -> None:
         latency = self._ledger.latency
         received_ns = slot.received_ns[row]
-        if header.timestamp_ns is not None:
+        if header.timestamp_ns is not None and "replayed_ns" not in header.extra:
             latency["camera_to_received"].add(received_ns - header.timestamp_ns)
         latency["received_to_batched"].add(slot.batched_ns - received_ns)
         latency["batched_to_inferred"].add(slot.inferred_ns - slot.batched_ns)
@@ -151,10 +161,14 @@ class Publisher:
 
     def _wants(self, topic: bytes) -> bool:
         """Whether anybody has subscribed to `topic`."""
+        self._hear()
+        return any(topic.startswith(prefix) for prefix in self._subscribed)
+
+    def _hear(self) -> None:
+        """Note who subscribes and who leaves."""
         while self._socket.poll(0):
             message = self._socket.recv()
             if message[:1] == b"\1":
                 self._subscribed.add(message[1:])
             elif message[:1] == b"\0":
                 self._subscribed.discard(message[1:])
-        return any(topic.startswith(prefix) for prefix in self._subscribed)

@@ -68,6 +68,24 @@ def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
     assert results["ledger"]["received"] == results["ledger"]["published"]
     (shown,) = results["pictures"]
     assert min(shown.values()) > 0
+def test_recorder_writes_an_hours_frames_and_survives_a_kill(bench: Any) -> None:
+    pytest.importorskip("hdf5plugin")
+    results = bench("record", "--size", "64", "--split", "1MiB")
+    hour = results["hour"]
+    assert hour["recorded"] == {"raw": 200, "denoised": 200}
+    assert hour["ended"] == "frames counted"
+    assert hour["files"] > 1
+    assert (hour["wrong"], hour["missing"], sum(hour["lost"].values()), sum(hour["unheard"].values())) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    assert hour.keys() >= {"frames_per_s", "mb_per_s", "compression", "of_camera"}
+    (kill,) = results["kills"]
+    assert kill["whole"]
+    assert kill["frames"] > 0
+    assert kill.keys() == {"frames", "lost_ms", "whole"}
 
 
 def test_latency_has_every_stage_at_every_load(bench: Any, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def open_movie(path: str | Path, dataset: str | None = None) -> Movie:
 
     `dataset` chooses among several in one file: an HDF5 dataset's name, a TIFF series' number.
     Without it, an HDF5 file must hold one numeric 2-D or 3-D dataset, or one of the name movie,
-    frames, data or images.
+    frames, data or images, or name a NeXus default, as recordings do: their raw frames.
 
     Raises FileFormatError for a file that is missing, corrupt, cut short, empty, of an unknown
     suffix, or not of single-channel real numbers.
