@@ -220,7 +220,7 @@ def _made(kind: type[Any], values: dict[str, Any]) -> Any:
 def _is(value: Any, wanted: Any) -> bool:
     if get_origin(wanted) is tuple:
         kinds = get_args(wanted)
-        if not isinstance(value, tuple) or len(value) != len(kinds) and kinds[-1] is not Ellipsis:
+        if not isinstance(value, tuple) or (len(value) != len(kinds) and kinds[-1] is not Ellipsis):
             return False
         return all(_is(each, kinds[0]) for each in value)
     if wanted is float:
