@@ -358,7 +358,8 @@ def test_missing_file_folder_and_unknown_suffix_are_refused(tmp_path: Path) -> N
     (tmp_path / "folder.h5").mkdir()
     assert "not a file" in refusal(tmp_path / "folder.h5")
     text = refusal(tmp_path / "m.xyz")
-    assert "one of .npy, .tif, .tiff, .h5, .hdf5, .mrc, got '.dm4'" in text
+    assert "one of .npy, .tif, .tiff, .h5, .hdf5, .mrc, .ser" in text
+    assert "got '.xyz'" in text
 
 
 def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

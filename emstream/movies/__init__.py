@@ -1,6 +1,6 @@
 """Movies on disk, read and written frame by frame: .npy, .tif, .h5 and .mrc.
 
-Others are read only: .dm3, .dm4, .emd, .ser and what else `rosetta` lists.
+Others are read only: .ser, .emd, and .dm3, .dm4 and more with the optional package of `rosetta`.
 
 ::
 
@@ -41,7 +41,7 @@ SUFFIXES = {
     ".hdf5": "hdf5",
     ".mrc": "mrc",
 }
-READ_ONLY = dict.fromkeys(READERS, "rosetta")
+READ_ONLY = {".ser": "ser", ".emd": "emd", **dict.fromkeys(READERS, "rosetta")}
 READABLE = tuple(SUFFIXES | READ_ONLY)
 """Suffixes of what `open_movie` takes."""
 

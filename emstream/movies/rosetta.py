@@ -1,9 +1,10 @@
-"""The microscope makers' formats, read through RosettaSciIO (optional, GPL 3): .dm3 .dm4 .emd .ser and more."""
+"""The microscope makers' formats, read through RosettaSciIO (optional, GPL 3): .dm3 .dm4 and more."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +17,6 @@ from emstream.movies.movie import Stored
 READERS = {
     ".dm3": "digitalmicrograph",
     ".dm4": "digitalmicrograph",
-    ".emd": "emd",
-    ".ser": "tia",
-    ".emi": "tia",
     ".tvips": "tvips",
     ".hspy": "hspy",
 }
@@ -72,6 +70,6 @@ def _pixel_size_m(axes: list[dict[str, Any]]) -> float | None:
 
 
 def _reader(path: Path) -> ModuleType:
-    if importlib.util.find_spec("rsciio") is None:
+    if find_spec("rsciio") is None:
         raise FileFormatError(f"{path} needs the package rosettasciio: pip install 'emstream[files]'")
     return importlib.import_module(f"rsciio.{READERS[path.suffix.lower()]}")
