@@ -442,11 +442,24 @@ def status(
 
 @app.command()
 def denoise(
-    input: Annotated[Path, typer.Argument(metavar="IN", help=".npy .tif .h5 .mrc, one frame or a movie.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy .tif .h5 .mrc")],
+    input: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="A frame, a movie (.npy .tif .h5 .mrc .dm4 .emd .ser ...) or a folder of them."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy .tif .h5 .mrc; a folder for a folder.")],
     engine: EnginePath = None,
-    dataset: Annotated[str | None, typer.Option(help="Which dataset of an HDF5 file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Which dataset of a file that holds several.")] = None,
+    suffix: Annotated[str, typer.Option(help="Of the files written into a folder.")] = ".tif",
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Raw beside denoised: a film (.mp4 .gif) or a sheet of frames (.png)."
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Of that film [frames/s].")] = 10.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
     device: Device = "auto",
@@ -454,14 +467,14 @@ def denoise(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Denoise a file: electron counts in, expected electrons out.
+    """Denoise a file, or a folder of files: electron counts in, expected electrons out.
 
-    Example: **emstream denoise noisy.tif clean.tif**
+    Example: **emstream denoise noisy.tif clean.tif --compare talk.mp4**
     """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from emstream.denoise import denoise_file
+    from emstream.denoise import denoise_file, denoise_folder
     from emstream.inference import load_engine
 
     columns = (
@@ -475,17 +488,41 @@ def denoise(
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
         task = progress.add_task(input.name, total=None)
-        report = denoise_file(
-            input, output, loaded, gain=gain, offset=offset, dataset=dataset, overwrite=overwrite,
-            on_frame=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+        failed: dict[str, str] = {}
+        options: dict[str, Any] = {
+            "gain": gain,
+            "offset": offset,
+            "dataset": dataset,
+            "overwrite": overwrite,
+            "on_frame": lambda done, total: progress.update(task, completed=done, total=total),
+        }
+        if not input.is_dir():
+            report = denoise_file(input, output, loaded, compare=compare, rate=rate, **options)
+            _warn_of_the_dose(input, report)
+        elif compare is not None:
+            raise typer.BadParameter(f"one comparison is of one movie, and {input} is a folder")
+        else:
+            reports: dict[str, Any] = {}
+            for path, result in denoise_folder(input, output, loaded, suffix, **options):
+                if isinstance(result, EmstreamError):
+                    failed[path.name] = str(result)
+                    typer.echo(f"error: {result}", err=True)
+                else:
+                    reports[path.name] = result
+                    _warn_of_the_dose(path, result)
+            report = {"files": reports, "failed": failed}
+    _print_report(report, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _warn_of_the_dose(path: Path, report: dict[str, Any]) -> None:
     if not report["in_domain"]:
         typer.echo(
-            f"warning: {report['dose']:.3g} electrons/pixel is outside the engine's dose range; "
+            f"warning: {path}: {report['dose']:.3g} electrons/pixel is outside the engine's dose range; "
             "if these are ADU, give --gain and --offset",
             err=True,
         )
-    _print_report(report, as_json)
 
 
 @app.command()

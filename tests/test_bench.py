@@ -68,6 +68,8 @@ def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
     assert results["ledger"]["received"] == results["ledger"]["published"]
     (shown,) = results["pictures"]
     assert min(shown.values()) > 0
+
+
 def test_recorder_writes_an_hours_frames_and_survives_a_kill(bench: Any) -> None:
     pytest.importorskip("hdf5plugin")
     results = bench("record", "--size", "64", "--split", "1MiB")
