@@ -76,8 +76,8 @@ def write_hspy(path: Path, movie: np.ndarray, pixel_size_nm: float = 0.05) -> No
     ]  # fmt: skip
     signal = {
         "data": movie, "axes": axes, "metadata": {"General": {"title": ""}, "Signal": {"signal_type": ""}},
-        "original_metadata": {}, "attributes": {"_lazy": False}, "package": "test", "package_version": "0", "package_info": {},
-        "tmp_parameters": {}, "learning_results": {}, "models": {},
+        "original_metadata": {}, "attributes": {"_lazy": False}, "package": "test", "package_version": "0",
+        "package_info": {}, "tmp_parameters": {}, "learning_results": {}, "models": {},
     }  # fmt: skip
     file_writer(str(path), signal)
 
