@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from emstream.errors import EmstreamError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -25,7 +27,7 @@ def explained(main: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return main(*args, **kwargs)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (EmstreamError, OSError, ValueError, RuntimeError, ImportError) as error:
             if sys.flags.dev_mode:
                 raise
             raise SystemExit("error: " + (" ".join(str(error).split()) or type(error).__name__)) from None

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
+from train.command import explained, writable_folder
 from train.dataset import Images, group_of
 from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
@@ -140,19 +141,23 @@ def measure_ms(
 # -- the command -----------------------------------------------------------------------
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
+    stamp = report.stamp("evaluate", argv)  # the load average is to be that of others
     images = Images(arguments.test)
-    try:
-        tuned = baselines.read(arguments.baselines) if arguments.baselines else []
-        for key in arguments.by:
-            group_of(images.parameters[0], key)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    tuned = baselines.read(arguments.baselines) if arguments.baselines else []
+    for key in arguments.by:
+        group_of(images.parameters[0], key)
     if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:
-        raise SystemExit(f"error: {arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
+        raise ValueError(f"{arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
     engines = _load_engines(arguments.engines)
+    for engine in engines.values():
+        if isinstance(engine, _Checkpoint):
+            engine.trained.refuse_seen(images.parameters)
+    if arguments.out:
+        writable_folder(arguments.out)
     indices = range(0, len(images), arguments.every)
 
     rows: list[Row] = []
@@ -177,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         frame = expose(images.central_views(VIEW_PX, [0]), torch.tensor([dose]), generator)[0, 0]
         denoisers = {name: d for name, d in _denoisers(engines, tuned, dose).items() if name not in (NOISY,)}
         speeds = measure_ms(denoisers, frame.numpy().astype(np.uint8))
-    results = report.stamp("evaluate", argv) | {
+    results = stamp | {
         "test": str(arguments.test),
         "images": len(indices),
         "view_px": VIEW_PX,
@@ -434,6 +439,12 @@ def markdown(results: Mapping[str, Any]) -> str:
             ),
             f"Frames of {results['view_px']} x {results['view_px']} uint8, one at a time, {SPEED_TURNS} turns.",
         ]
+        load, cores = (results["hardware"][key] for key in ("load_average", "cores"))
+        if load > cores:
+            parts.append(
+                f"**These times are too long:** other work kept the machine busy, with a load average of {load:.1f} on "
+                f"{cores} cores at the start. Only their ratios mean something."
+            )
     if results["baselines"]:
         rows = [
             [
@@ -448,6 +459,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             report.table(
                 ["dose [e/px]", "baseline", "library", "parameters", "at the edge of the grid"], rows
             ),
+            f"Tuned on {_numbers(one['views'] for one in results['baselines'])} views.",
         ]
     return "\n\n".join(parts)
 
@@ -461,6 +473,10 @@ def label(denoiser: str) -> str:
 def _cell(entry: Mapping[str, Any]) -> str:
     spread = Spread(entry["mean"], entry["sd"], entry["images"])
     return spread.text(2) if spread.images > 1 else f"{spread.mean:.2f}"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def _text(group: float | str) -> str:
