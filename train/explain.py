@@ -34,6 +34,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from train import networks, plots
+from train.command import explained, writable_folder
 from train.dataset import Images
 from train.metrics import VIEW_PX
 from train.noise import PAPER_DOSE, expose
@@ -278,6 +279,7 @@ def explain(
     }  # fmt: skip
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.explain",
@@ -292,14 +294,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
+    if not all(dose > 0 for dose in arguments.doses):
+        parser.error(f"doses must be positive [electrons/pixel], got {arguments.doses}")
     images = Images(arguments.test)
     if not 0 <= arguments.image < len(images):
         parser.error(f"--image must lie in 0-{len(images) - 1}, got {arguments.image}")
-    try:
-        trained = networks.load(arguments.network)
-        result = explain(trained, images, arguments.image, arguments.doses, arguments.out)
-    except ValueError as error:
-        parser.error(str(error))
+    trained = networks.load(arguments.network)
+    writable_folder(arguments.out)
+    result = explain(trained, images, arguments.image, arguments.doses, arguments.out)
     (arguments.out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("filters", "likelihood")}))
 
