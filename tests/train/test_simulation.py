@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -266,6 +267,60 @@ def test_simulation_that_dies_loses_its_last_shards_alone(
     assert sorted(p["seed"] for p in Images(tmp_path).parameters) == sorted(list(range(15)) * 21)
 
 
+def test_what_is_not_enough_for_a_shard_survives_a_kill(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(images_each=2)
+    data, asked = (tmp_path / name for name in ("data", "asked"))
+    data.mkdir()
+    asked.mkdir()
+
+    def dying(seed: int, plan: Plan, device: str = "cpu") -> Any:
+        if seed == 6:
+            time.sleep(1)
+            raise ValueError("the lights went out")
+        return quick(seed, plan)
+
+    def noted(seed: int, plan: Plan, device: str = "cpu") -> Any:
+        (asked / str(seed)).touch()
+        return quick(seed, plan)
+
+    monkeypatch.setattr(simulation, "SAVE_S", -1)
+    monkeypatch.setattr(simulation, "simulate_specimen", dying)
+    with pytest.raises(ValueError, match="the lights went out"):
+        simulate(client, missing(data, range(8), plan), plan, quiet=True)
+    assert [path.name for path in data.iterdir()] == ["shard-000000.unfinished"]
+    kept = shards.settings(data / "shard-000000.unfinished")["seeds"]
+    assert len(kept) >= 1
+
+    monkeypatch.setattr(simulation, "simulate_specimen", noted)
+    simulate(client, missing(data, range(8), plan), plan, quiet=True)
+    assert {int(path.name) for path in asked.iterdir()} == set(range(8)) - set(kept)
+    assert [path.name for path in data.iterdir()] == ["shard-000000.h5"]
+    images = Images(data)
+    assert [p["seed"] for p in images.parameters] == [seed for seed in range(8) for _ in range(2)]
+    assert images.images[:, 0, 0].tolist() == [p["seed"] for p in images.parameters]
+
+
+def test_unfinished_shards_of_another_plan_do_not_count(tmp_path: Path) -> None:
+    plan, path = Plan(images_each=2), tmp_path / "shard-000000.h5"
+    write_shard(path.with_suffix(".unfinished"), {1: quick(1, plan)}, plan)
+    assert list(simulation.read_unfinished(path, [0, 1], plan)) == [1]
+    assert simulation.read_unfinished(path, [0, 1], replace(plan, defects="all")) == {}
+    assert simulation.read_unfinished(path, [0], plan) == {}
+    path.with_suffix(".unfinished").write_bytes(b"half")
+    assert simulation.read_unfinished(path, [0, 1], plan) == {}
+
+
+def test_specimens_beyond_what_was_asked_for_are_said(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--specimens", "1", "--images-each", "2", "--defects", "all"]
+    monkeypatch.setattr(sys, "argv", ["train.simulate", str(whole), *options])
+    simulation.main()
+    assert "also has 1 specimens that were not asked for, 1-1" in capsys.readouterr().err
+
+
 def test_more_specimens_complete_the_last_shard(
     tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +364,7 @@ def test_impossible_specimen_stops_the_simulation_with_its_seed(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"images_each": 22}, "must lie in 1-21, the defoci of 0 to 20 nm, got 22"),
+        ({"images_each": 42}, "must lie in 1-41, the defoci of -20 to 20 nm, got 42"),
         ({"defocus_nm": (5, 1)}, "from low to high, got 5 to 1 nm"),
         ({"defects": "none"}, "defects must be one of paper, all"),
         ({"material": "wood"}, "material must be one of"),
@@ -323,7 +378,7 @@ def test_impossible_plans_are_refused(change: dict[str, Any], text: str) -> None
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--images-each", "30"], "must lie in 1-21"),
+        (["--images-each", "42"], "must lie in 1-41"),
         (["--specimens", "0"], "--specimens must be at least 1, got 0"),
         (["--first-seed", "-1"], "--first-seed must be at least 0, got -1"),
         (["--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "brings its own"),
