@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("psutil", reason="the laboratory needs: pip install 'emstrea
 from scipy.ndimage import gaussian_filter
 
 from tests.train.toy import SIZE_PX, SPACING_PX, ToyColumns, ToyImages, draw, toy_columns
-from train import evaluate, networks, surface, tables
+from train import evaluate, networks, plots, surface, tables
 from train.dataset import group_of
 from train.evaluate import grouped, measure_ms
 from train.metrics import Spread, psnr_db, psnr_ssim
@@ -279,6 +280,36 @@ def test_baselines_tuned_at_other_doses_are_refused(tmp_path: Path) -> None:
     tuned.write_text(json.dumps([choice | {"views": 1, "at_edge": []}]))
     with pytest.raises(SystemExit, match=r"nothing tuned at \[0.45\] electrons/pixel"):
         evaluate.main(["blur.onnx", "toy", "--baselines", str(tuned)])
+
+
+def overlapping(texts: list[Any]) -> list[tuple[str, str]]:
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [(a, b) for n, (a, one) in enumerate(boxes) for b, other in boxes[:n] if one.overlaps(other)]
+
+
+@pytest.mark.parametrize("networks_number", [2, 9])
+@pytest.mark.parametrize("slowest_ms", [40.0, 400_000.0])
+def test_names_and_ticks_of_the_speed_plot_do_not_collide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, networks_number: int, slowest_ms: float
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    points = [
+        {
+            "name": f"network {n}",
+            "psnr_db": 30 + 0.05 * n,
+            "ms": ms,
+            "macs_per_pixel": n * 10**n if n else None,
+        }
+        for n, ms in enumerate(np.geomspace(20, slowest_ms, networks_number + 1))
+    ]
+    plots.quality_against_speed(points, 512, tmp_path / "plot.png")
+    (figure,) = figures
+    assert len(figure.axes) == (2 if networks_number >= 3 else 1)
+    for axis, names in zip(figure.axes, (networks_number + 1, networks_number), strict=False):
+        assert len(axis.texts) == names
+        assert overlapping(axis.texts) == []
+        assert overlapping(axis.get_xticklabels()) == []
 
 
 # -- the paper's tables ----------------------------------------------------------------
