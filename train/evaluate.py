@@ -86,8 +86,9 @@ def score_view(
 
 
 def _surface(estimate: np.ndarray, true: Surface) -> Row:
-    score = true.score(estimate)
-    counts = {"matched": score.matched, "found": score.found, "true": score.true}
+    columns = true.columns(estimate)
+    score, chance = true.score_columns(columns), true.chance(len(columns))
+    counts = {"matched": score.matched, "found": score.found, "true": score.true, "chance_f1": chance.f1}
     return {key: getattr(score, key) for key in SURFACE_KEYS} | counts
 
 
@@ -107,7 +108,7 @@ def surface_summary(rows: Sequence[Row]) -> dict[str, Any]:
     rows = [row for row in rows if "f1" in row]
     if not rows:
         return {}
-    spreads = {key: Spread.of(row[key] for row in rows) for key in SURFACE_KEYS}
+    spreads = {key: Spread.of(row[key] for row in rows) for key in (*SURFACE_KEYS, "chance_f1")}
     means = {key: round(spread.mean, 3) for key, spread in spreads.items()}
     return means | {f"{key}_sd": round(spread.sd, 3) for key, spread in spreads.items()}
 
@@ -395,16 +396,17 @@ def markdown(results: Mapping[str, Any]) -> str:
             [
                 label(entry["denoiser"]),
                 "-" if entry["dose"] is None else f"{entry['dose']:g}",
-                *(f"{entry[key]:.3f} +- {entry[f'{key}_sd']:.3f}" for key in SURFACE_KEYS),
+                *(f"{entry[key]:.3f} +- {entry[f'{key}_sd']:.3f}" for key in (*SURFACE_KEYS, "chance_f1")),
             ]
             for entry in results["surface"]
             if "f1" in entry
         ]
         parts += [
             "## Columns on the surface",
-            report.table(["", "dose [e/px]", "precision", "recall", "F1", "Jaccard"], rows),
+            report.table(["", "dose [e/px]", "precision", "recall", "F1", "Jaccard", "F1 by chance"], rows),
             f"{results['images_with_surface']} of {results['images']} images: those in whose noiseless picture the "
-            f"detector finds the surface with an F1 of {READABLE_F1} or more. The row *{CLEAN}* is the best it can do.",
+            f"detector finds the surface with an F1 of {READABLE_F1} or more. The row *{CLEAN}* is the best it can do; "
+            "by chance is what as many columns at random places would score.",
         ]
     for key, entries in results["by"].items():
         for dose in doses:

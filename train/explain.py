@@ -6,7 +6,7 @@ where that pixel's electrons come from: in the bulk, at the surface, in vacuum. 
 b_x = 0, and f(x) = J_x x is checked to 1e-4. (Mohan et al., "Robust and interpretable blind
 image denoising via bias-free convolutional neural networks", ICLR 2020.)
 
-Likelihood maps (likelihood.png): do the counts support a column that the network has drawn? Counts
+Likelihood maps (likelihood-DOSE.png): do the counts support a column that the network has drawn? Counts
 that made a column always support it, so the frame is thinned binomially into two halves, which are
 independent frames of half the dose: one is denoised, the other one is asked. For a blob B of
 the denoised half with mean lambda_B, against vacuum with lambda_v,

@@ -176,6 +176,18 @@ def test_a_picture_that_lacks_a_surface_atom_scores_less() -> None:
     assert one.precision < 1  # what lies below it faces vacuum now
 
 
+def test_random_places_score_a_little_and_the_same_each_time() -> None:
+    columns = toy_columns()
+    true = Surface(columns, (SIZE_PX, SIZE_PX), bright=False)
+    picture = DOSE * draw(columns.positions)
+    number = len(true.columns(picture))
+    chance = true.chance(number)
+    assert chance == true.chance(number)
+    assert chance.found > 0
+    assert chance.f1 < 0.5 < true.score(picture).f1
+    assert true.chance(0) == SurfaceScore(0, 0, len(true.positions))
+
+
 def test_columns_of_the_support_do_not_count() -> None:
     columns = toy_columns()
     everything = ToyColumns(columns.positions, np.zeros(len(columns.positions), bool), columns.on_surface)
@@ -245,6 +257,8 @@ def test_with_a_folder_it_writes_tables_and_plots(tmp_path: Path) -> None:
     assert set(results["ms_per_frame"]) == {"blur", "gaussian"}
     clean = next(entry for entry in results["surface"] if entry["denoiser"] == "noiseless")
     assert clean["f1"] == 1.0
+    assert clean["chance_f1"] < 0.5
+    assert "F1 by chance" in (out / "evaluate.md").read_text()
     text = (out / "evaluate.md").read_text()
     assert "Tuned on 1 views." in text
     for heading in ("PSNR [dB]", "SSIM", "Columns on the surface", "by particle shape", "Quality and speed"):

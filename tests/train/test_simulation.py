@@ -136,9 +136,7 @@ def test_columns_of_a_view_are_those_of_the_image(whole: Path) -> None:
     images = Images(whole)
     for index in (0, 3):
         columns = images.columns(index, 512)
-        assert len(columns) == len(columns.positions) == len(columns.element) == len(columns.on_surface)
-        assert columns.on_surface.any()
-        assert columns.on_particle[columns.on_surface].all()
+        assert len(columns) == len(columns.positions) == len(columns.element) == len(columns.on_particle)
         assert set(columns.element[columns.on_particle]) == {"Pt"}
         assert set(columns.element[~columns.on_particle]) == {"Ce", "O"}
         view = images.central_views(512, [index])[0, 0].numpy()
@@ -215,7 +213,7 @@ def test_shards_of_an_earlier_version_are_read_with_a_warning(folder: Path, whol
     for index in (0, 3):
         rebuilt, stored = images.columns(index, 512), Images(whole).columns(index, 512)
         np.testing.assert_allclose(rebuilt.positions, stored.positions, atol=1e-4)
-        np.testing.assert_array_equal(rebuilt.on_surface, stored.on_surface)
+        np.testing.assert_array_equal(rebuilt.on_particle, stored.on_particle)
 
 
 def test_images_of_one_group_can_be_kept_alone(whole: Path) -> None:
