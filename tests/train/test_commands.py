@@ -15,7 +15,18 @@ pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream
 
 import train
 from emstream.errors import EngineError
-from train import baselines, evaluate, explain, export, fit, photographs, shards, simulate, tables
+from train import (
+    baselines,
+    camera_stack,
+    evaluate,
+    explain,
+    export,
+    fit,
+    photographs,
+    shards,
+    simulate,
+    tables,
+)
 from train.command import explained, writable_file, writable_folder
 from train.shards import Shard
 
@@ -110,6 +121,7 @@ def test_a_damaged_shard_is_one_line(
         (simulate.main, ["images", "--preview", "file/sheet.png"], "file cannot be a folder"),
         (export.main, ["none.pt", "out.onnx", "--test", "images"], "none.pt"),
         (photographs.main, ["none.pt"], "none.pt"),
+        (camera_stack.main, ["file/out.npz"], "file cannot be a folder"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_in_the_way_is_one_line(
