@@ -47,6 +47,7 @@ LOG_EVERY = 100
 VALIDATE_EVERY = 1000
 CPU_VALIDATION_VIEWS = 16
 WARM_UP_STEPS = (30, 300)
+REMEDY = "take a recipe with a smaller learning_rate, and another OUTDIR"
 
 
 class Diverged(RuntimeError):
@@ -177,7 +178,7 @@ def check_losses(losses: list[Tensor], rates: list[float], step: int) -> None:
         place = finite.index(False)
         raise Diverged(
             f"the loss is {losses[place].item()} in step {step - len(losses) + place + 1}, at a learning rate of "
-            f"{rates[place]:.3g}: take a recipe with a smaller learning_rate, and another OUTDIR"
+            f"{rates[place]:.3g}: {REMEDY}"
         )
 
 
@@ -270,6 +271,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
         nonlocal best
         checkpoint(validation_due=True)
         score = validation_psnr(ema, pairs, precision)
+        if not math.isfinite(score):
+            raise Diverged(f"the network of step {step} validates with {score} dB: {REMEDY}")
         progress.write(f"step {step}: {score:.2f} dB")
         if score > best:
             best = score
@@ -279,10 +282,10 @@ def fit(recipe: Recipe, out: Path) -> Network:
             )  # fmt: skip
         return score
 
-    due = bool(state.get("validation_due"))
-    log = Log(out, step - due) if first else None
+    unvalidated = bool(state.get("validation_due"))
+    log = Log(out, step - unvalidated) if first else None
     progress = tqdm(total=100, unit="%", disable=not first, bar_format="{l_bar}{bar}|{elapsed}{postfix}")
-    if log is not None and due:
+    if log is not None and unvalidated:
         log.write(step, round(spent_s), None, None, validate())
         checkpoint()
     if first and part() >= 1:

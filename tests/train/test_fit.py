@@ -302,6 +302,13 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_step(
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_network_that_gives_no_numbers_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "validation_psnr", lambda *_: math.nan)
+    with pytest.raises(fit.Diverged, match="the network of step 2 validates with nan dB: take a recipe with"):
+        fit.fit(tiny(steps=2), tmp_path)
+    assert not (tmp_path / "best.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
