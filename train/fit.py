@@ -282,7 +282,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
             )  # fmt: skip
         return score
 
-    unvalidated = bool(state.get("validation_due"))
+    unvalidated = bool(state.get("validation_due")) or (part() >= 1 and best == -math.inf)
     log = Log(out, step - unvalidated) if first else None
     progress = tqdm(total=100, unit="%", disable=not first, bar_format="{l_bar}{bar}|{elapsed}{postfix}")
     if log is not None and unvalidated:

@@ -103,7 +103,7 @@ class Step:
     def asks(self) -> dict[str, Any]:
         """All that decides what the step does, but for what it needs."""
         digest = hashlib.sha256(self.recipe.read_bytes()).hexdigest() if self.recipe else None
-        return {"command": self.command, "recipe": digest}
+        return {"command": self.command[1:], "recipe": digest}
 
     def begun(self) -> dict[str, Any]:
         """The marker, or {} if it is of another command or older than what the step needs."""

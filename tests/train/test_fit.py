@@ -334,6 +334,14 @@ def test_a_run_that_has_had_its_budget_says_so(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_best_network_that_was_deleted_is_made_again(tmp_path: Path) -> None:
+    fit.fit(tiny(steps=2), tmp_path)
+    (tmp_path / "best.pt").unlink()
+    fit.fit(tiny(steps=2), tmp_path)
+    assert load(tmp_path / "best.pt")[2]["step"] == 2
+    assert [row["step"] for row in rows(tmp_path)] == ["2"]
+
+
 def test_a_kill_while_validating_does_not_lose_the_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
