@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-LIBRARIES = ("numpy", "pyzmq", "msgpack", "openvino", "onnxruntime", "torch")
+LIBRARIES = ("numpy", "pyzmq", "msgpack", "openvino", "onnxruntime", "torch", "h5py", "hdf5plugin")
 _FEATURES = (
     "avx2",
     "avx512f",

@@ -9,7 +9,8 @@ Follow a frame through the package::
     publish.py   out again, with its header and history
     ledger.py    every frame accounted for
     pipeline.py  runs these; serve.py puts them together
-    client.py    what displays use
+    client.py    what displays use: view/ (the live page), status.py (a terminal), napari.py
+    record.py    what a recorder does; recording/ is the file it leaves, for replays, too
 
 From Python::
 

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from emstream.errors import EmstreamError
+from emstream.errors import EmstreamError, OutputError, SourceError
 from emstream.intake import Overrun
+
+if TYPE_CHECKING:
+    from emstream.record import RecorderProcess
 
 
 class _Group(TyperGroup):
@@ -60,7 +65,18 @@ Threads = Annotated[int | None, typer.Option(help="Cores for the engine. [defaul
 Device = Annotated[
     str, typer.Option(help="cpu, GPU numbers such as 0 or 0,1, or auto: a GPU where there is one.")
 ]
+LookBack = Annotated[
+    float, typer.Option(help="Record when told to, with what came this long before [s]. [default: at once]")
+]
+Split = Annotated[str | None, typer.Option(help="Begin another file at this size, e.g. 10GiB.")]
 ViewHost = Annotated[str, typer.Option(help="Address the live page listens on.")]
+ViewToken = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EMSTREAM_VIEW_TOKEN",
+        help="What the page asks for. [default: nothing on loopback, else a new one each time]",
+    ),
+]
 ViewPort = Annotated[int, typer.Option(help="Port of the live page; 0 picks a free one.")]
 
 
@@ -159,6 +175,12 @@ def serve(
     view: Annotated[bool, typer.Option("--view", help="Serve the live page, too.")] = False,
     view_host: ViewHost = "127.0.0.1",
     view_port: ViewPort = 8080,
+    view_token: ViewToken = None,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE.h5|FOLDER", help="Record what is published, too.")
+    ] = None,
+    look_back: LookBack = 0.0,
+    split: Split = None,
     as_json: Json = False,
 ) -> None:
     """The service: frames in, denoised frames out, until the input ends or Ctrl-C.
@@ -177,20 +199,153 @@ def serve(
         frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
+    if record is None and (look_back or split):
+        raise ValueError("--look-back and --split are for recordings; give --record, too")
+    recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
 
         def ready(service: Service) -> None:
             log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
             log.info("engine %s on %s", service.engine.name, service.engine.device)
             if view:
-                from emstream.view import ViewServer
+                from emstream.view import ViewProcess
 
-                page = ViewServer(service.publisher.endpoint, view_host, view_port)
+                page = ViewProcess(service.publisher.endpoint, view_host, view_port, view_token)
                 page.start()
                 stack.callback(page.stop)
                 log.info("live page: %s", page.url)
+            if record is not None:
+                from emstream.record import RecorderProcess, RecordSettings
 
-        _print_report(run(settings, on_ready=ready), as_json)
+                recorder = RecorderProcess(
+                    RecordSettings(
+                        input=service.publisher.endpoint, output=record, look_back_s=look_back,
+                        split_bytes=_size(split, "split"),
+                    )
+                )  # fmt: skip
+                recorder.wait_until_it_listens(service.publisher)
+                stack.callback(lambda: recordings.append(_finished(recorder)))
+                if look_back:
+                    stack.enter_context(_begin_on_signal(recorder.begin))
+
+        report = run(settings, on_ready=ready)
+    if recordings:
+        report["recording"] = recordings[0]
+    _print_report(report, as_json)
+    _check_recording(*recordings)
+
+
+@app.command()
+def record(
+    output: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file, or a folder to name it in.")],
+    input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
+    look_back: LookBack = 0.0,
+    split: Split = None,
+    buffer: Annotated[str, typer.Option(help="Memory between receiving and the disk.")] = "1GiB",
+    frames: Annotated[int | None, typer.Option(help="Stop after this many raw frames.")] = None,
+    until_end: Annotated[bool, typer.Option("--until-end", help="Stop at the end of a series.")] = False,
+    compress: Annotated[bool, typer.Option(help="Bitshuffle and LZ4; takes emstream[files].")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.h5 if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Raw and denoised frames of a running service to HDF5, until Ctrl-C.
+
+    Example: **emstream record --input tcp://127.0.0.1:5556 run7.h5**
+    """
+    from emstream.record import Recorder, RecordSettings
+    from emstream.serve import stop_on_signals
+
+    size, room = _size(split, "split"), _size(buffer, "buffer")
+    assert room is not None
+    recorder = Recorder(
+        RecordSettings(
+            input=input, output=output, look_back_s=look_back, split_bytes=size, buffer_bytes=room,
+            frames=frames, until_end=until_end, compress=compress, overwrite=overwrite,
+        )
+    )  # fmt: skip
+    log = logging.getLogger("emstream.record")
+    with stop_on_signals(recorder.stop), _begin_on_signal(recorder.begin), _recording_line() as show:
+        log.info("listening to %s", input)
+        if look_back:
+            log.info(
+                "kill -USR1 %d, or Enter, begins with the past %g s; Ctrl-C ends", os.getpid(), look_back
+            )
+            _begin_on_enter(recorder.begin)
+        report = recorder.run(on_status=show)
+    _print_report(report, as_json)
+    if not report["files"] and not look_back:
+        raise SourceError(f"no frame came from {input}; is emstream serve running?")
+    _check_recording(report)
+
+
+def _size(text: str | None, what: str) -> int | None:
+    from emstream.recording.disk import bytes_of
+
+    return None if text is None else bytes_of(text, what)
+
+
+def _check_recording(report: dict[str, Any] | None = None) -> None:
+    """A recording that did not end as it was meant to is a failure, however well it ended."""
+    from emstream.record import FAILURES
+
+    if report and "error" in report:
+        raise OutputError(report["error"])
+    if report and report["ended"] in FAILURES:
+        raise OutputError(f"the recording ended early: {report['ended']}; what came before is whole")
+
+
+def _finished(recorder: RecorderProcess) -> dict[str, Any]:
+    """Its report. That a recording failed is no reason for the service to withhold its own."""
+    try:
+        return recorder.finish()
+    except EmstreamError as error:
+        return {"files": [], "ended": "failed", "error": str(error)}
+
+
+@contextmanager
+def _begin_on_signal(begin: Callable[[], None]) -> Iterator[None]:
+    """SIGUSR1 calls `begin`, where there is such a signal."""
+    if not hasattr(signal, "SIGUSR1"):
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: begin())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _begin_on_enter(begin: Callable[[], None]) -> None:
+    import threading
+
+    def wait() -> None:
+        if sys.stdin.readline():  # and not its end
+            begin()
+
+    if sys.stdin is not None and sys.stdin.isatty():
+        threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _recording_line() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """On a terminal, a line that says what is recorded and lost."""
+    from rich.console import Console
+
+    from emstream.recording.disk import text_of
+
+    console = Console(stderr=True)
+    with console.status("waiting for frames") as line:
+
+        def show(status: dict[str, Any]) -> None:
+            lost = sum(status["lost"].values()) + sum(status["unheard"].values())
+            counted = "[red]" if lost else ""
+            line.update(
+                f"{status['state']}: {status['frames']['raw']} raw, {status['frames']['denoised']} denoised; "
+                f"{counted}{lost} lost{'[/red]' if lost else ''}, {status['missing']} missing; "
+                f"buffer {text_of(status['buffer_bytes'])}, {text_of(status['free_bytes'])} free"
+            )
+
+        yield show
 
 
 @app.command()
@@ -241,6 +396,7 @@ def view(
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
     host: ViewHost = "127.0.0.1",
     port: ViewPort = 8080,
+    token: ViewToken = None,
 ) -> None:
     """The live page of a running service: raw beside denoised.
 
@@ -251,7 +407,7 @@ def view(
     from emstream.serve import stop_on_signals
     from emstream.view import ViewServer
 
-    page = ViewServer(input, host, port)
+    page = ViewServer(input, host, port, token)
     page.start()
     typer.echo(f"live page: {page.url}   (Ctrl-C ends it)", err=True)
     stop = threading.Event()
@@ -264,12 +420,46 @@ def view(
 
 
 @app.command()
+def status(
+    input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
+    as_json: Json = False,
+) -> None:
+    """The figures of a running service in a terminal, until Ctrl-C; with --json once.
+
+    Example: **emstream status --input tcp://127.0.0.1:5556**
+    """
+    from rich.live import Live
+
+    from emstream.status import panel, status_once, statuses
+
+    if as_json:
+        typer.echo(json.dumps(status_once(input)))
+        return
+    with suppress(KeyboardInterrupt), Live(auto_refresh=False) as display:
+        for each in statuses(input):
+            display.update(panel(each), refresh=True)
+
+
+@app.command()
 def denoise(
-    input: Annotated[Path, typer.Argument(metavar="IN", help=".npy .tif .h5 .mrc, one frame or a movie.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy .tif .h5 .mrc")],
+    input: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="A frame, a movie (.npy .tif .h5 .mrc .dm4 .emd .ser ...) or a folder of them."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help=".npy .tif .h5 .mrc; a folder for a folder.")],
     engine: EnginePath = None,
-    dataset: Annotated[str | None, typer.Option(help="Which dataset of an HDF5 file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Which dataset of a file that holds several.")] = None,
+    suffix: Annotated[str, typer.Option(help="Of the files written into a folder.")] = ".tif",
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Raw beside denoised: a film (.mp4 .gif) or a sheet of frames (.png)."
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Of that film [frames/s].")] = 10.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
     device: Device = "auto",
@@ -277,14 +467,14 @@ def denoise(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Denoise a file: electron counts in, expected electrons out.
+    """Denoise a file, or a folder of files: electron counts in, expected electrons out.
 
-    Example: **emstream denoise noisy.tif clean.tif**
+    Example: **emstream denoise noisy.tif clean.tif --compare talk.mp4**
     """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from emstream.denoise import denoise_file
+    from emstream.denoise import denoise_file, denoise_folder
     from emstream.inference import load_engine
 
     columns = (
@@ -298,17 +488,41 @@ def denoise(
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
         task = progress.add_task(input.name, total=None)
-        report = denoise_file(
-            input, output, loaded, gain=gain, offset=offset, dataset=dataset, overwrite=overwrite,
-            on_frame=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+        failed: dict[str, str] = {}
+        options: dict[str, Any] = {
+            "gain": gain,
+            "offset": offset,
+            "dataset": dataset,
+            "overwrite": overwrite,
+            "on_frame": lambda done, total: progress.update(task, completed=done, total=total),
+        }
+        if not input.is_dir():
+            report = denoise_file(input, output, loaded, compare=compare, rate=rate, **options)
+            _warn_of_the_dose(input, report)
+        elif compare is not None:
+            raise typer.BadParameter(f"one comparison is of one movie, and {input} is a folder")
+        else:
+            reports: dict[str, Any] = {}
+            for path, result in denoise_folder(input, output, loaded, suffix, **options):
+                if isinstance(result, EmstreamError):
+                    failed[path.name] = str(result)
+                    typer.echo(f"error: {result}", err=True)
+                else:
+                    reports[path.name] = result
+                    _warn_of_the_dose(path, result)
+            report = {"files": reports, "failed": failed}
+    _print_report(report, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _warn_of_the_dose(path: Path, report: dict[str, Any]) -> None:
     if not report["in_domain"]:
         typer.echo(
-            f"warning: {report['dose']:.3g} electrons/pixel is outside the engine's dose range; "
+            f"warning: {path}: {report['dose']:.3g} electrons/pixel is outside the engine's dose range; "
             "if these are ADU, give --gain and --offset",
             err=True,
         )
-    _print_report(report, as_json)
 
 
 @app.command()

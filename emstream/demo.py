@@ -95,9 +95,9 @@ def run_demo(settings: DemoSettings, on_ready: Callable[[str | None], None] | No
             scores.append(Score(service.publisher.endpoint, specimen))
             url = None
             if settings.view:
-                from emstream.view import ViewServer
+                from emstream.view import ViewProcess
 
-                page = ViewServer(service.publisher.endpoint, *settings.view)
+                page = ViewProcess(service.publisher.endpoint, *settings.view)
                 page.start()
                 stack.callback(page.stop)
                 url = page.url

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 import emstream
-from emstream.errors import EngineError, FileFormatError
+from emstream.compare import Comparison, check_comparison
+from emstream.errors import EmstreamError, EngineError, FileFormatError
 from emstream.inference.engine import Engine
 from emstream.intake import check_calibration
-from emstream.movies import Movie, check_output, open_movie, save_movie
+from emstream.movies import READABLE, Movie, check_output, open_movie, save_movie
 
 
 def denoise_file(
@@ -28,6 +29,8 @@ def denoise_file(
     offset: float = 0.0,
     dataset: str | None = None,
     overwrite: bool = False,
+    compare: Path | None = None,
+    rate: float = 10.0,
     on_frame: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Denoise a movie (N, H, W) or an image (H, W) into another file, float32 [electrons/pixel].
@@ -43,7 +46,9 @@ def denoise_file(
     dataset
         Which one, in a file of several.
     overwrite
-        Replace an `output` that exists.
+        Replace an `output` (and a `compare`) that exists.
+    compare, rate
+        Raw beside denoised as a film (.mp4, .gif) of so many frames/s, or as a sheet of frames (.png).
     on_frame
         Called with (frames done, frames in all) after each frame.
 
@@ -62,9 +67,21 @@ def denoise_file(
     if output.exists() and input.exists() and output.samefile(input):
         raise FileFormatError(f"{output} is the input itself; choose another name for the output")
     check_output(output, overwrite)
+    if compare is not None:
+        check_comparison(compare, overwrite)
     start_s = time.perf_counter()
-    with open_movie(input, dataset) as movie:
+    with open_movie(input, dataset) as movie, contextlib.ExitStack() as stack:
         run = _Run(movie, engine, float(gain), float(offset), on_frame)
+        if compare is not None:
+            run.comparison = stack.enter_context(
+                Comparison(
+                    compare,
+                    len(movie),
+                    rate=rate,
+                    pixel_size_m=movie.pixel_size_m,
+                    overwrite=overwrite,
+                )
+            )
         with contextlib.closing(run.expected()) as expected:
             save_movie(
                 output,
@@ -93,7 +110,30 @@ def denoise_file(
             "frames_out_of_domain": run.out_of_domain,
             "engine": engine.identity,
             "output": str(output),
+            **({"compare": str(compare)} if compare else {}),
         }
+
+
+def denoise_folder(
+    input: Path, output: Path, engine: Engine, suffix: str = ".tif", **options: Any
+) -> Generator[tuple[Path, dict[str, Any] | EmstreamError]]:
+    """Denoise every movie of a folder into the folder `output`, as `denoise_file` does each.
+
+    Yields each input's path with its report, or with what went wrong with it; the others go on.
+    Raises FileFormatError when there is nothing to do.
+    """
+    movies = [path for path in sorted(input.iterdir()) if path.suffix.lower() in READABLE and path.is_file()]
+    if not movies:
+        raise FileFormatError(f"{input} holds no movie; they end in {', '.join(READABLE)}")
+    names = [path.stem for path in movies]
+    output.mkdir(parents=True, exist_ok=True)
+    for path in movies:
+        # Two inputs of one name and different formats keep their suffix in the output's name.
+        name = path.stem if names.count(path.stem) == 1 else path.name.replace(".", "-")
+        try:
+            yield path, denoise_file(path, output / f"{name}{suffix}", engine, **options)
+        except EmstreamError as error:
+            yield path, error
 
 
 @dataclass
@@ -105,6 +145,7 @@ class _Run:
     gain: float
     offset: float
     on_frame: Callable[[int, int], None] | None
+    comparison: Comparison | None = None
     electrons: float = 0.0
     """Sum over the frames of the mean of each [electrons/pixel]."""
     out_of_domain: int = 0
@@ -139,12 +180,14 @@ class _Run:
                     self._collect(flying)
 
     def _collect(self, flying: deque[tuple[int, Any, np.ndarray, np.ndarray]]) -> np.ndarray:
-        number, ticket, *_ = flying[0]
+        number, ticket, counts, _ = flying[0]
         try:
             with self._engine_at(number):
                 frame: np.ndarray = self.engine.collect(ticket)[0]
         finally:
             flying.popleft()
+        if self.comparison is not None:
+            self.comparison.add(counts[0], frame)
         return frame
 
     def _counts(self, number: int) -> np.ndarray:

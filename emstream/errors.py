@@ -4,13 +4,13 @@
 
     EmstreamError
     ├── SourceError          the camera's endpoint, or the file standing in for it
-    ├── OutputError          the endpoint that frames are published on
+    ├── OutputError          the endpoint that frames are published on, or the file they are recorded in
     ├── EngineError
     │   ├── EngineNotFound     no such file
     │   ├── EngineInvalid      not a model, or not one of ours
     │   ├── EngineUnavailable  right file, but this machine or installation cannot run it
     │   └── CudaError          no GPU, or a call to it that failed
-    ├── FileFormatError      a movie that cannot be read or written
+    ├── FileFormatError      a movie or recording that cannot be read or written
     └── MalformedFrame       one message; the service counts it as rejected and goes on
 
 A caller's mistake (a negative dose, an unknown policy) is a ValueError instead.

@@ -7,6 +7,7 @@ that lags loses frames at its own queue, and nobody else notices.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from emstream.ring import SeriesMark, Slot
 
 DENOISED, RAW, STATS = b"denoised", b"raw", b"stats"
 DEFAULT_QUEUE = 64
+_NEWEST = ("source", "series", "frame", "shape", "units", "pixel_size_m", "exposure_s", "dose", "in_domain")
 _DOSE_ROW_STEP = 8  # the dose is the mean over every eighth row: 0.004 electrons off at 512x512
 
 
@@ -48,6 +50,7 @@ class Publisher:
         self._dose_range = dose_range
         self._open_series: tuple[str, int | str] | None = None
         self._subscribed: set[bytes] = set()
+        self._newest: dict[str, Any] = {}
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._socket.linger = 2000
@@ -81,6 +84,8 @@ class Publisher:
             }
             message["ledger"] = self._ledger.snapshot()
             self._send(DENOISED, message, slot.result[row])
+            self._newest = {key: message[key] for key in _NEWEST if key in message}
+            self._newest["published_ns"] = published_ns
         return len(rows)
 
     def mark(self, mark: SeriesMark) -> None:
@@ -94,8 +99,18 @@ class Publisher:
         self._announce(message)
 
     def stats(self, message: Mapping[str, Any]) -> None:
-        """Send one message on the stats topic."""
-        self._socket.send_multipart([STATS, wire.pack({"htype": wire.STATS, **message})])
+        """Send one message on the stats topic, with what there is to say about the newest frame."""
+        about = {"htype": wire.STATS, "sent_ns": now_ns(), "newest": self._newest}
+        self._socket.send_multipart([STATS, wire.pack({**about, **message})])
+
+    def wait_for(self, topic: bytes, timeout_s: float) -> bool:
+        """Wait until somebody has subscribed to `topic` itself; False when nobody does. Before the first frame only."""
+        deadline_s = time.monotonic() + timeout_s
+        self._hear()
+        while topic not in self._subscribed and time.monotonic() < deadline_s:
+            self._socket.poll(round(1000 * (deadline_s - time.monotonic())))
+            self._hear()
+        return topic in self._subscribed
 
     def close(self, linger_s: float = 2.0) -> None:
         """End the open series and give subscribers `linger_s` to take what is queued."""
@@ -112,7 +127,7 @@ class Publisher:
     def _note_latency(self, slot: Slot, row: int, header: FrameHeader, published_ns: int) -> None:
         latency = self._ledger.latency
         received_ns = slot.received_ns[row]
-        if header.timestamp_ns is not None:
+        if header.timestamp_ns is not None and "replayed_ns" not in header.extra:
             latency["camera_to_received"].add(received_ns - header.timestamp_ns)
         latency["received_to_batched"].add(slot.batched_ns - received_ns)
         latency["batched_to_inferred"].add(slot.inferred_ns - slot.batched_ns)
@@ -146,10 +161,14 @@ class Publisher:
 
     def _wants(self, topic: bytes) -> bool:
         """Whether anybody has subscribed to `topic`."""
+        self._hear()
+        return any(topic.startswith(prefix) for prefix in self._subscribed)
+
+    def _hear(self) -> None:
+        """Note who subscribes and who leaves."""
         while self._socket.poll(0):
             message = self._socket.recv()
             if message[:1] == b"\1":
                 self._subscribed.add(message[1:])
             elif message[:1] == b"\0":
                 self._subscribed.discard(message[1:])
-        return any(topic.startswith(prefix) for prefix in self._subscribed)

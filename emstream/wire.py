@@ -14,7 +14,8 @@ Nothing here trusts its input: every reader raises MalformedFrame and nothing el
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -124,6 +125,18 @@ def map_of(header: FrameHeader) -> dict[str, Any]:
         if value is not None:
             message[key] = value
     return message
+
+
+def numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
+    """The finite numbers among `names` in a map from the wire, which may be anything."""
+    if not isinstance(message, dict):
+        return {}
+    values = {name: message.get(name) for name in names}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
 
 
 def _is_number(value: Any) -> bool:

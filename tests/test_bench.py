@@ -57,6 +57,39 @@ def test_throughput_compares_with_the_relay_and_loses_nothing(bench: Any) -> Non
             assert played["ledger"]["published"] == played["ledger"]["received"] == played["frames"]
 
 
+def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
+    results = bench("viewers", "--engine", "identity", "--size", "64", "--rate", "20")
+    assert results["latency_ms"].keys() == {"alone", "watched"}
+    for kind, latency in results["latency_ms"].items():
+        assert latency.keys() == {"frames", *PERCENTILES}
+        assert latency["frames"]
+        assert 0 < results["pipeline_ms"][kind]["p50"] <= latency["max"]
+    assert results["ledger"].keys() == LEDGER
+    assert results["ledger"]["received"] == results["ledger"]["published"]
+    (shown,) = results["pictures"]
+    assert min(shown.values()) > 0
+
+
+def test_recorder_writes_an_hours_frames_and_survives_a_kill(bench: Any) -> None:
+    pytest.importorskip("hdf5plugin")
+    results = bench("record", "--size", "64", "--split", "1MiB")
+    hour = results["hour"]
+    assert hour["recorded"] == {"raw": 200, "denoised": 200}
+    assert hour["ended"] == "frames counted"
+    assert hour["files"] > 1
+    assert (hour["wrong"], hour["missing"], sum(hour["lost"].values()), sum(hour["unheard"].values())) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    assert hour.keys() >= {"frames_per_s", "mb_per_s", "compression", "of_camera"}
+    (kill,) = results["kills"]
+    assert kill["whole"]
+    assert kill["frames"] > 0
+    assert kill.keys() == {"frames", "lost_ms", "whole"}
+
+
 def test_latency_has_every_stage_at_every_load(bench: Any, tmp_path: Path) -> None:
     results = bench("latency", "--engine", "identity", "--full-load", "100", "--size", "64", "--soak", "1")
     assert results["summary"].keys() == {

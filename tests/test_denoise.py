@@ -14,7 +14,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emstream.denoise import denoise_file
+from emstream.denoise import denoise_file, denoise_folder
 from emstream.errors import EngineError, EngineUnavailable, FileFormatError
 from emstream.inference import EngineCard, IdentityEngine
 from emstream.movies import open_movie, save_movie
@@ -310,3 +310,24 @@ def test_caller_that_gives_up_on_the_way_leaves_nothing_behind(tmp_path: Path) -
         denoise_file(saved(tmp_path), tmp_path / "out.h5", engine, on_frame=interrupted)
     assert only(tmp_path) == ["in.npy"]
     assert engine.in_flight == 0
+
+
+def test_folder_is_denoised_file_by_file_and_a_bad_one_stops_none(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    counts = np.random.default_rng(0).poisson(1.0, (3, 16, 20)).astype(np.uint8)
+    np.save(folder / "a.npy", counts)
+    np.save(folder / "c.npy", counts[0])
+    save_movie(folder / "c.tif", counts, shape=counts.shape, dtype=np.uint8)
+    (folder / "b.npy").write_bytes(b"rubbish")
+    (folder / "notes.txt").write_text("not a movie")
+    done = dict(denoise_folder(folder, tmp_path / "out", IdentityEngine(), suffix=".npy"))
+    assert [path.name for path in done] == ["a.npy", "b.npy", "c.npy", "c.tif"]
+    assert isinstance(done[folder / "b.npy"], FileFormatError)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.npy", "c-npy.npy", "c-tif.npy"]
+    np.testing.assert_array_equal(np.load(tmp_path / "out/a.npy"), counts)
+
+
+def test_folder_without_movies_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"holds no movie; they end in \.npy, \.tif"):
+        list(denoise_folder(tmp_path, tmp_path / "out", IdentityEngine()))

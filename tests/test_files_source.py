@@ -396,7 +396,7 @@ def test_files_that_are_no_movies_are_source_errors(tmp_path: Path) -> None:
     (tmp_path / "m.tif").write_bytes(b"no movie")
     np.save(tmp_path / "c.npy", np.zeros((5, 8, 9), complex))
     for name, complaint in {
-        "m.tif": "cannot be read", "missing.npy": "does not exist", "m.dm4": "suffix", "c.npy": "complex",
+        "m.tif": "cannot be read", "missing.npy": "does not exist", "m.xyz": "suffix", "c.npy": "complex",
     }.items():  # fmt: skip
         with pytest.raises(SourceError, match=f"{name}.*{complaint}"):
             open_source(f"file://{tmp_path / name}")

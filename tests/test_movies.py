@@ -357,8 +357,9 @@ def test_missing_file_folder_and_unknown_suffix_are_refused(tmp_path: Path) -> N
     assert "does not exist" in refusal(tmp_path / "m.tif")
     (tmp_path / "folder.h5").mkdir()
     assert "not a file" in refusal(tmp_path / "folder.h5")
-    text = refusal(tmp_path / "m.dm4")
-    assert "one of .npy, .tif, .tiff, .h5, .hdf5, .mrc, got '.dm4'" in text
+    text = refusal(tmp_path / "m.xyz")
+    assert "one of .npy, .tif, .tiff, .h5, .hdf5, .mrc, .ser" in text
+    assert "got '.xyz'" in text
 
 
 def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

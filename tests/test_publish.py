@@ -63,6 +63,24 @@ def test_subscriber_that_never_reads_holds_nobody_up(context: Any, tmp_path: Any
     lazy.close()
 
 
+def test_one_subscriber_can_be_waited_for_among_others_who_want_everything(
+    context: Any, tmp_path: Any
+) -> None:
+    publisher = Publisher(f"ipc://{tmp_path}/out", Ledger(), ENGINE, context=context)
+    other, awaited = context.socket(zmq.SUB), context.socket(zmq.SUB)
+    other.connect(publisher.endpoint)
+    other.subscribe(b"")
+    while not publisher._wants(b"hello"):
+        pass
+    assert not publisher.wait_for(b"hello", timeout_s=0.05)
+    awaited.connect(publisher.endpoint)
+    awaited.subscribe(b"hello")
+    assert publisher.wait_for(b"hello", timeout_s=20)
+    publisher.close(linger_s=0)
+    other.close(linger=0)
+    awaited.close(linger=0)
+
+
 def test_published_frame_does_not_change_when_its_slot_is_filled_again(context: Any, tmp_path: Any) -> None:
     publisher = Publisher(f"ipc://{tmp_path}/out", Ledger(), ENGINE, context=context)
     frames = emstream.subscribe(publisher.endpoint, timeout_s=20)

@@ -15,7 +15,7 @@ import pytest
 from emstream import serve
 from emstream.errors import EngineError, EngineUnavailable
 from emstream.inference import IdentityEngine
-from emstream.serve import Settings, build, stop_on_signals
+from emstream.serve import Settings, build
 
 
 class Unfit(IdentityEngine):

@@ -10,30 +10,31 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import zmq
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
 from emstream.errors import OutputError, SourceError
-from emstream.frame import Frame, FrameHeader
 from emstream.inference import EngineCard, IdentityEngine
 from emstream.intake import Overrun
-from emstream.view import ViewServer
-from emstream.view import server as view_server
-from emstream.view.picture import PERCENTILES, Painter, Scale, shrink
-from emstream.view.receiver import Pair, Receiver
+from emstream.movies import open_movie
+from emstream.view import ViewProcess, ViewServer
+from emstream.view.door import public_name, token_for
+from emstream.view.pair import Pair
+from emstream.view.picture import Painter, Picture
+from emstream.view.receiver import Receiver
+from emstream.view.request import Request
 from tests.conftest import Rig, message
 
 DEADLINE_S = 20
@@ -92,21 +93,28 @@ class Viewer:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
 
-    def take(self) -> tuple[dict[str, Any], np.ndarray | None]:
-        """The next message: its header and, if it has any, the pixels (2, h, w) of raw and denoised."""
+    def take(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The next message: its header, each picture under its name, too; and the pictures' pixels (h, w)."""
         message = self._connection.recv(timeout=DEADLINE_S)
         assert isinstance(message, bytes)
         length = int.from_bytes(message[:4], "little")
         header, pixels = json.loads(message[4 : 4 + length]), message[4 + length :]
-        if "shape" not in header:
-            assert not pixels
-            return header, None
-        return header, np.frombuffer(pixels, np.uint8).reshape(2, *header["shape"])
+        found = {}
+        for picture in header.get("pictures", []):
+            size = picture["shape"][0] * picture["shape"][1]
+            found[picture["name"]] = np.frombuffer(pixels[:size], np.uint8).reshape(picture["shape"])
+            header[picture["name"]] = picture
+            pixels = pixels[size:]
+        assert not pixels
+        return header, found
+
+    def ask(self, **request: Any) -> None:
+        self._connection.send(json.dumps(request))
 
     def acknowledge(self) -> None:
         self._connection.send("shown")
 
-    def until(self, **wanted: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+    def until(self, **wanted: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Acknowledge messages up to one whose header says `wanted`; that one is not acknowledged yet."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
@@ -115,6 +123,16 @@ class Viewer:
                 return header, pixels
             assert time.monotonic() < deadline, f"never saw {wanted}; last was {header}"
             self.acknowledge()
+
+    def next_picture(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Acknowledge, and again, up to the next message that has pictures."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            self.acknowledge()
+            header, pixels = self.take()
+            if pixels:
+                return header, pixels
+        raise AssertionError("no picture came")
 
 
 def live(view: ViewServer) -> ClientConnection:
@@ -177,10 +195,9 @@ def test_viewer_gets_the_very_pixels_of_a_pair(camera: Camera, view: ViewServer)
     with watching(view) as viewer:
         camera.send(3)
         header, pixels = viewer.until(frame=3)
-    assert pixels is not None
-    assert header["shape"] == header["frame_shape"] == list(SHAPE)
-    assert_shows(pixels[0], header["raw"], counts(3))
-    assert_shows(pixels[1], header["denoised"], counts(3))
+    assert header["raw"]["shape"] == header["denoised"]["shape"] == header["frame_shape"] == list(SHAPE)
+    assert_shows(pixels["raw"], header["raw"], counts(3))
+    assert_shows(pixels["denoised"], header["denoised"], counts(3))
 
 
 def test_header_tells_where_a_frame_comes_from_and_how_long_it_took(camera: Camera, view: ViewServer) -> None:
@@ -215,28 +232,25 @@ def test_slow_viewer_is_sent_the_newest_frame_and_no_backlog(camera: Camera, vie
         slow.acknowledge()
         header, pixels = slow.take()
     assert header["frame"] == 20
-    assert pixels is not None
-    assert_shows(pixels[0], header["raw"], counts(20))
+    assert_shows(pixels["raw"], header["raw"], counts(20))
 
 
 def test_two_viewers_see_the_same_picture_painted_once(
     camera: Camera, view: ViewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     painted: list[int] = []
-    paint = Painter.paint
+    paint = Painter._paint
 
-    def counted(painter: Painter, pair: Pair) -> view_server.Picture:
-        painted.append(pair.raw.number)
-        return paint(painter, pair)
+    def counted(painter: Painter, pairs: Sequence[Pair], request: Request) -> Picture:
+        painted.append(pairs[-1].raw.number)
+        return paint(painter, pairs, request)
 
-    monkeypatch.setattr(Painter, "paint", counted)
+    monkeypatch.setattr(Painter, "_paint", counted)
     with watching(view) as one, watching(view) as other:
         for number in range(5):
             camera.send(number)
             (_, first), (_, second) = one.until(frame=number), other.until(frame=number)
-            assert first is not None
-            assert second is not None
-            np.testing.assert_array_equal(first, second)
+            np.testing.assert_array_equal(first["raw"], second["raw"])
             one.acknowledge()
             other.acknowledge()
     assert painted == list(range(5))
@@ -256,7 +270,7 @@ def test_viewer_hears_that_no_frame_has_come_and_from_where(tmp_path: Path) -> N
     endpoint = f"ipc://{tmp_path}/nobody"
     with ViewServer(endpoint, port=0) as view, live(view) as connection:
         header, pixels = Viewer(connection).take()
-    assert pixels is None
+    assert not pixels
     assert (header["state"], header["serving"], header["input"]) == ("waiting", False, endpoint)
 
 
@@ -280,10 +294,167 @@ def test_frames_larger_than_the_screen_are_averaged_down(camera: Camera, view: V
     with watching(view) as viewer:
         camera.send(1, pixels)
         header, shown = viewer.until(frame=1)
-    assert shown is not None
-    assert (header["frame_shape"], header["shape"]) == ([1030, 2060], [515, 1030])
+    assert (header["frame_shape"], header["raw"]["shape"]) == ([1030, 2060], [515, 1030])
+    assert header["raw"]["region"] == [0, 0, 1030, 2060]
     averaged = pixels.reshape(515, 2, 1030, 2).mean(axis=(1, 3))
-    assert_shows(shown[0], header["raw"], averaged)
+    assert_shows(shown["raw"], header["raw"], averaged)
+
+
+# -- what a viewer asks for ---------------------------------------------------------
+
+
+def test_viewer_who_zooms_in_is_sent_that_part_at_full_resolution(camera: Camera, view: ViewServer) -> None:
+    pixels = counts(1, shape=(1030, 2060))
+    with watching(view) as viewer:
+        camera.send(1, pixels)
+        viewer.until(frame=1)
+        viewer.ask(region=[100, 200, 300, 400], screen=[300, 400])
+        header, shown = viewer.next_picture()
+    assert (header["frame"], header["raw"]["region"]) == (1, [100, 200, 300, 400])
+    for side in ("raw", "denoised"):
+        assert_shows(shown[side], header[side], pixels[100:400, 200:600])
+
+
+def test_one_viewers_zoom_is_not_the_others(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as one, watching(view) as other:
+        camera.send(0)
+        one.until(frame=0)
+        one.ask(region=[0, 0, 8, 8])
+        assert one.next_picture()[1]["raw"].shape == (8, 8)
+        other.until(frame=0)
+        other.acknowledge()
+        camera.send(1)
+        assert other.until(frame=1)[1]["raw"].shape == SHAPE
+
+
+def test_contrast_by_hand_is_what_was_asked_for(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(0)
+        viewer.until(frame=0)
+        viewer.ask(raw=["values", 1, 2.5], denoised=["percentiles", 10, 90])
+        header, pixels = viewer.next_picture()
+    assert (header["raw"]["low"], header["raw"]["high"]) == (1, 2.5)
+    assert_shows(pixels["raw"], header["raw"], counts(0))
+    low, high = np.percentile(counts(0), [10, 90])
+    assert (header["denoised"]["low"], header["denoised"]["high"]) == pytest.approx((low, high))
+
+
+def test_average_is_that_of_the_last_raw_frames(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        viewer.ask(average=4, raw=["values", 0, 10])
+        for number in range(6):
+            camera.send(number)
+            header, pixels = viewer.until(frame=number)
+            assert header["averaged"] == min(number + 1, 4)
+            viewer.acknowledge()
+    mean = np.mean([counts(number) for number in range(2, 6)], axis=0)
+    assert_shows(pixels["raw"], header["raw"], mean)
+    assert_shows(pixels["denoised"], header["denoised"], counts(5))
+
+
+def test_spectrum_of_a_lattice_has_its_peak_where_the_lattice_says(camera: Camera, view: ViewServer) -> None:
+    wave = np.cos(2 * np.pi * np.arange(64) / 8)
+    lattice = np.tile(10 + 8 * wave, (64, 1)).astype(np.uint8)
+    with watching(view) as viewer:
+        camera.send(0, lattice)
+        viewer.until(frame=0)
+        viewer.ask(spectra=["denoised"])
+        header, pixels = viewer.next_picture()
+    assert "raw-spectrum" not in header
+    power = pixels["denoised-spectrum"].copy()
+    power[:, 30:35] = 0  # what the window leaves of the mean
+    assert power[32, 40] == power[32, 24] == power.max()
+    beside = np.r_[0:23, 26:39, 42:64]  # a window is three wide
+    assert power[:, beside].max() < power.max()
+
+
+def test_paused_viewer_keeps_its_frame_and_steps_back_through_the_others(
+    camera: Camera, view: ViewServer
+) -> None:
+    with watching(view) as viewer, watching(view) as other:
+        keys = {}
+        for number in range(4):
+            camera.send(number)
+            header, _ = viewer.until(frame=number)
+            keys[number] = header["key"]
+            viewer.acknowledge()
+        viewer.ask(at=keys[3])
+        for number in range(4, 8):
+            camera.send(number)
+        other.until(frame=7)
+        for number in (1, 0, 2):
+            viewer.ask(at=keys[number])
+            header, pixels = viewer.until(frame=number)
+            assert_shows(pixels["raw"], header["raw"], counts(number))
+            assert (header["history"]["first"], header["history"]["last"]) == (keys[0], keys[3])
+            viewer.acknowledge()
+        viewer.ask(at=None)
+        viewer.until(frame=7)
+
+
+def test_frames_that_tell_of_a_loss_are_marked_in_the_history(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        for number in (0, 1, 5, 6):
+            camera.send(number)
+            header, _ = viewer.until(frame=number)
+            if number == 5:
+                key = header["key"]
+            viewer.acknowledge()
+    assert header["ledger"]["missing"] == 3
+    assert header["history"]["faults"] == [key]
+
+
+@pytest.mark.parametrize(
+    "nonsense", ["", "[]", '{"region": [1]}', '{"average": 1e9}', '{"at": true}', '{"zoom": 3}', "[" * 10_000]
+)
+def test_viewer_that_asks_for_nonsense_is_told_and_the_others_stay(
+    camera: Camera, view: ViewServer, nonsense: str
+) -> None:
+    with watching(view) as other:
+        with live(view) as connection:
+            connection.send(nonsense)
+            with pytest.raises(ConnectionClosed) as closing:
+                deque(iter(lambda: connection.recv(timeout=DEADLINE_S), None))
+        assert closing.value.rcvd is not None
+        assert closing.value.rcvd.code == 1008
+        assert closing.value.rcvd.reason
+        camera.send(0)
+        other.until(frame=0)
+
+
+# -- files ---------------------------------------------------------------------------
+
+
+def test_tiff_holds_every_pixel_of_both_sides_and_every_header_field(
+    camera: Camera, view: ViewServer, tmp_path: Path
+) -> None:
+    with watching(view) as viewer:
+        camera.send(5, pixel_size_m=6.2e-12, extra={"stage": {"tilt": 3}})
+        header, _ = viewer.until(frame=5)
+        status, kind, content = status_of(view, f"/snapshot.tif?key={header['key']}")
+    assert (status, kind) == (200, "image/tiff")
+    with tifffile.TiffFile(BytesIO(content)) as file:
+        raw, denoised = file.series
+        np.testing.assert_array_equal(raw.asarray(), counts(5))
+        np.testing.assert_array_equal(denoised.asarray(), counts(5).astype(np.float32))
+        about = [json.loads(series.keyframe.description) for series in (raw, denoised)]
+        assert raw.dtype == np.uint8
+        assert raw.keyframe.get_resolution("CENTIMETER")[0] == pytest.approx(1e-2 / 6.2e-12, rel=1e-6)
+    assert about[0]["stage"] == about[1]["stage"] == {"tilt": 3}
+    assert about[1]["engine"]["name"] == "identity"
+    assert about[1]["ledger"]["published"] == 1
+    assert about[1].keys() >= {"stages_ns", "dose", "in_domain", "frame", "series", "source", "pixel_size_m"}
+    path = tmp_path / "snapshot.tif"
+    path.write_bytes(content)
+    with open_movie(path, dataset="0") as movie:
+        np.testing.assert_array_equal(movie[0], counts(5))
+
+
+def test_header_of_a_frame_that_is_gone_is_not_found(camera: Camera, view: ViewServer) -> None:
+    for path in ("/snapshot.tif?key=99", "/header.json?key=99", "/header.json", "/header.json?key=-1"):
+        status, _, body = status_of(view, path)
+        assert status == 404
+        assert b"no longer kept" in body
 
 
 # -- the page and who may see it -------------------------------------------------
@@ -338,6 +509,49 @@ def test_websocket_from_another_page_is_refused(view: ViewServer, origin: str | 
     assert refused(view, origin=origin) == 403
 
 
+def test_page_for_other_machines_asks_for_a_token(tmp_path: Path) -> None:
+    with ViewServer(f"ipc://{tmp_path}/nobody", host="0.0.0.0", port=0) as view:
+        assert view.token
+        assert view.url.endswith(f":{view.port}/?token={view.token}")
+        for path in ("/", "/page.js", "/header.json?key=1", "/?token=guessed", "/?token="):
+            status, _, body = status_of(view, path)
+            assert status == 401
+            assert b"token" in body
+        assert refused(view, origin=f"http://{view.host}:{view.port}") == 403
+        client = http.client.HTTPConnection("127.0.0.1", view.port, timeout=DEADLINE_S)
+        client.request("GET", f"/?token={view.token}", headers={"Host": "microscope.example"})
+        answer = client.getresponse()
+        cookie = answer.headers["Set-Cookie"]
+        assert (answer.status, answer.headers["Location"]) == (303, "/")
+        assert "HttpOnly" in cookie
+        answer.read()
+        client.request("GET", "/page.js", headers={"Cookie": cookie.split(";")[0]})
+        assert client.getresponse().status == 200
+        client.close()
+        address = f"{view.host}:{view.port}"
+        headers = {"Cookie": cookie.split(";")[0]}
+        with connect(
+            f"ws://{address}/live", origin=Origin(f"http://{address}"), additional_headers=headers
+        ) as connection:
+            Viewer(connection).take()
+
+
+def test_loopback_needs_no_token_unless_one_is_given() -> None:
+    assert [token_for(host, None) for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3")] == [None] * 4
+    assert token_for("localhost", "long enough") == "long enough"
+    assert token_for("0.0.0.0", None) != token_for("0.0.0.0", None)
+
+
+def test_short_token_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="a token must have at least 8 characters, got 3"):
+        ViewServer("tcp://127.0.0.1:5556", token="abc")
+
+
+def test_any_address_is_named_as_this_machine() -> None:
+    assert public_name("0.0.0.0") not in ("", "0.0.0.0")
+    assert public_name("::1") == "[::1]"
+
+
 # -- start and stop --------------------------------------------------------------
 
 
@@ -373,6 +587,22 @@ def test_port_is_free_again_after_stop_even_with_a_viewer_watching(tmp_path: Pat
         view.stop()
         with ViewServer(endpoint, port=view.port) as again:
             assert status_of(again)[0] == 200
+
+
+def test_page_in_a_process_of_its_own_is_served_and_ends(camera: Camera) -> None:
+    with ViewProcess(camera.output, port=0) as page:
+        port = int(page.url.rstrip("/").rpartition(":")[2])
+        with connect(f"ws://127.0.0.1:{port}/live", origin=Origin(f"http://127.0.0.1:{port}")) as connection:
+            Viewer(connection).take()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S)
+
+
+def test_process_of_the_page_says_why_it_cannot_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        page = ViewProcess(f"ipc://{tmp_path}/nobody", port=taken.getsockname()[1])
+        with pytest.raises(OutputError, match="the port is in use"):
+            page.start()
 
 
 def test_missing_web_server_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +651,7 @@ def test_nonsense_in_a_header_is_left_out() -> None:
     }
     receiver = received(published("raw", 0), published("denoised", 0, **nonsense))
     assert receiver.newest is not None
-    header = Painter().paint(receiver.newest).header
+    header = Painter().paint([receiver.newest], Request()).header
     assert (header["dose"], header["in_domain"], header["latency_ms"]) == (None, None, {})
     status = receiver.status()
     assert (status["ledger"], status["engine"]) == ({"dropped": 2}, {"name": "unet"})
@@ -442,58 +672,3 @@ def test_rate_begins_again_with_a_new_run_of_the_service() -> None:
         for number, count, at_ns in [(0, 500, 1), (1, 501, 2), (0, 1, 1_000_000_000), (1, 2, 1_100_000_000)]
     ]
     assert received(*messages).status()["frames_per_s"] == pytest.approx(10)
-
-
-images = hnp.arrays(
-    st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64]),
-    hnp.array_shapes(min_dims=2, max_dims=2),
-)
-
-
-@given(images)
-def test_grey_scale_takes_any_pixels_and_keeps_their_order(image: np.ndarray) -> None:
-    scale = Scale()
-    scale.follow(image, 0)
-    grey = scale.grey(image)
-    assert grey.dtype == np.uint8
-    assert grey.shape == image.shape
-    assert -np.inf < scale.low < scale.high < np.inf
-    ordered = np.isfinite(image.astype(np.float64)) & (np.abs(image.astype(np.float64)) < 1e30)
-    order = np.argsort(image[ordered], kind="stable")
-    assert (np.diff(grey[ordered][order].astype(int)) >= 0).all()
-
-
-def test_grey_scale_ends_at_the_percentiles() -> None:
-    image = np.linspace(-5, 5, 10_001).reshape(73, 137)
-    scale = Scale()
-    scale.follow(image, 0)
-    np.testing.assert_allclose([scale.low, scale.high], np.percentile(image, PERCENTILES), atol=1e-6)
-    assert_shows(scale.grey(image), {"low": scale.low, "high": scale.high}, image)
-
-
-def test_grey_scale_follows_a_brighter_image_within_a_second_but_not_at_once() -> None:
-    scale = Scale()
-    dark, bright = np.array([[0.0, 1.0]]), np.array([[0.0, 10.0]])
-    scale.follow(dark, 0)
-    scale.follow(bright, 25_000_000)
-    assert 1 < scale.high < 2.5
-    for tick in range(2, 41):
-        scale.follow(bright, tick * 25_000_000)
-    assert scale.high == pytest.approx(10, abs=0.5)
-
-
-@given(st.integers(1, 3000), st.integers(1, 60))
-def test_shrinking_keeps_the_mean_and_never_yields_an_empty_image(rows: int, columns: int) -> None:
-    image = np.full((rows, columns), 3, np.uint16)
-    small = shrink(image)
-    assert small.size
-    assert (small == 3).all()
-
-
-def test_new_series_gets_a_scale_of_its_own() -> None:
-    painter = Painter()
-    dim, bright = (Frame(FrameHeader(0, SHAPE, "uint8"), counts(0, dose=dose)) for dose in (1.0, 50.0))
-    bright.header = replace(bright.header, series=1)
-    painter.paint(Pair(dim, dim, 0))
-    high = painter.paint(Pair(bright, bright, 1)).header["raw"]["high"]
-    assert high > 50

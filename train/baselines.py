@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -38,11 +38,13 @@ from scipy.stats import poisson
 from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
 
+from train.command import explained, writable_file
 from train.dataset import Images
 from train.metrics import VIEW_PX, psnr_db
 from train.noise import PAPER_DOSE, expose
 
 TUNING_SEED = 23
+COEFFICIENTS_PER_WEIGHT = 50
 Denoiser = Callable[[np.ndarray], np.ndarray]
 
 # -- variance stabilisation ------------------------------------------------------------
@@ -240,13 +242,18 @@ def _shrink(detail: np.ndarray, total: np.ndarray, predictor: np.ndarray) -> np.
     """The linear expansion of thresholds of `detail` with the least estimated risk.
 
     `detail` is the difference of two Poisson counts whose sum is `total`; `predictor`, made
-    of neighbouring totals, knows nothing of either.
+    of neighbouring totals, knows nothing of either. A band of few coefficients has few
+    thresholds, or stays as it is: more weights would follow its noise.
     """
+    most = detail.size // COEFFICIENTS_PER_WEIGHT
+    if not most:
+        return detail
 
     def thresholds(d: np.ndarray, s: np.ndarray) -> np.ndarray:
         variance = 12 * np.maximum(s, 1)
         small, flat = np.exp(-(d**2) / variance), np.exp(-(predictor**2) / variance)
-        return np.stack([d, d * small, d * flat, d * small * flat, predictor, predictor * flat])
+        every = d, predictor, d * small, d * flat, d * small * flat, predictor * flat
+        return np.stack(every[:most])
 
     # Poisson's law: E[mean * f(count)] = E[count * f(count - 1)]. So with one count fewer
     # on either side of the difference, E[true detail * f] needs no true detail.
@@ -316,7 +323,7 @@ BASELINES = {
         ),
         Baseline(
             name="pure_let", label="PURE-LET", library="NumPy", function=pure_let,
-            grid={"levels": (5, 6, 7, 8)},
+            grid={"levels": (4, 5, 6, 7, 8)},
         ),
     )
 }  # fmt: skip
@@ -374,13 +381,26 @@ def tune(
 
 def read(path: Path) -> list[Tuned]:
     """What `python -m train.baselines` wrote."""
-    known = set(BASELINES)
-    entries = json.loads(path.read_text())
-    if unknown := sorted({entry["baseline"] for entry in entries} - known):
-        raise ValueError(f"{path}: unknown baseline {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    remedy = f"make it again with: python -m train.baselines data/val --out {path}"
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {remedy}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} is no list of tuned baselines; {remedy}")
+    wanted = [each.name for each in fields(Tuned)]
+    for entry in entries:
+        if unknown := {entry["baseline"]} - set(BASELINES) if "baseline" in entry else ():
+            known = ", ".join(sorted(BASELINES))
+            raise ValueError(f"{path}: unknown baseline {', '.join(map(str, unknown))}; known: {known}")
+        if missing := [name for name in wanted if name not in entry]:
+            raise ValueError(f"{path}: an entry lacks {', '.join(missing)}; {remedy}")
+        if more := sorted(set(entry) - set(wanted)):
+            raise ValueError(f"{path}: an entry has {', '.join(more)}, which is not known here; {remedy}")
     return [Tuned(**(entry | {"at_edge": tuple(entry["at_edge"])})) for entry in entries]
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.baselines",
@@ -395,7 +415,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, default=12, help="images to tune on (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="TUNED.json", required=True)
     arguments = parser.parse_args(argv)
+    if arguments.views < 1:
+        parser.error(f"--views must be at least 1, got {arguments.views}")
+    if not all(dose > 0 for dose in arguments.doses):
+        parser.error(f"doses must be positive [electrons/pixel], got {arguments.doses}")
     images = Images(arguments.validation)
+    writable_file(arguments.out)
     tuned = []
     for dose in arguments.doses:
         for name in arguments.only:

@@ -27,6 +27,7 @@ import numpy as np
 from ase import Atoms
 from tqdm import tqdm
 
+from train.command import explained, writable_file
 from train.imaging import ENERGY_EV, GRID_PX, Optics, exit_wave, image
 from train.structures import columns
 from train.structures.pt_ceo2 import CELL_A, PLATINUM, Specimen, build
@@ -119,12 +120,14 @@ def quantised(images: np.ndarray) -> tuple[np.ndarray, float, float]:
     return np.rint((images - offset) / scale).astype(np.uint8), offset, scale
 
 
+@explained
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("emstream/sources/specimen.npz"))
     arguments = parser.parse_args()
     if arguments.out.suffix != ".npz":
         parser.error(f"OUT must end in .npz, got {arguments.out}")
+    writable_file(arguments.out)
 
     optics = [Optics(defocus_nm=defocus_nm) for defocus_nm in DEFOCI_NM]
     models = states(SPECIMEN)

@@ -40,8 +40,6 @@ class Columns:
     """(N,) chemical symbol of the heaviest atom."""
     on_particle: np.ndarray
     """(N,) bool: of the particle, not of its support."""
-    on_surface: np.ndarray
-    """(N,) bool: on the particle's surface, its interface with the support left out."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -163,7 +161,6 @@ class Images:
             positions=positions[seen],
             element=np.array(chemical_symbols)[found["element"]],
             on_particle=found["particle"],
-            on_surface=found["surface"],
         )
 
 

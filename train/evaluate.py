@@ -32,6 +32,7 @@ from tqdm import tqdm
 from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
+from train.command import explained, writable_folder
 from train.dataset import Images, group_of
 from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
@@ -85,8 +86,9 @@ def score_view(
 
 
 def _surface(estimate: np.ndarray, true: Surface) -> Row:
-    score = true.score(estimate)
-    counts = {"matched": score.matched, "found": score.found, "true": score.true}
+    columns = true.columns(estimate)
+    score, chance = true.score_columns(columns), true.chance(len(columns))
+    counts = {"matched": score.matched, "found": score.found, "true": score.true, "chance_f1": chance.f1}
     return {key: getattr(score, key) for key in SURFACE_KEYS} | counts
 
 
@@ -106,7 +108,7 @@ def surface_summary(rows: Sequence[Row]) -> dict[str, Any]:
     rows = [row for row in rows if "f1" in row]
     if not rows:
         return {}
-    spreads = {key: Spread.of(row[key] for row in rows) for key in SURFACE_KEYS}
+    spreads = {key: Spread.of(row[key] for row in rows) for key in (*SURFACE_KEYS, "chance_f1")}
     means = {key: round(spread.mean, 3) for key, spread in spreads.items()}
     return means | {f"{key}_sd": round(spread.sd, 3) for key, spread in spreads.items()}
 
@@ -140,19 +142,23 @@ def measure_ms(
 # -- the command -----------------------------------------------------------------------
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
+    stamp = report.stamp("evaluate", argv)  # the load average is to be that of others
     images = Images(arguments.test)
-    try:
-        tuned = baselines.read(arguments.baselines) if arguments.baselines else []
-        for key in arguments.by:
-            group_of(images.parameters[0], key)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    tuned = baselines.read(arguments.baselines) if arguments.baselines else []
+    for key in arguments.by:
+        group_of(images.parameters[0], key)
     if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:
-        raise SystemExit(f"error: {arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
+        raise ValueError(f"{arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
     engines = _load_engines(arguments.engines)
+    for engine in engines.values():
+        if isinstance(engine, _Checkpoint):
+            engine.trained.refuse_seen(images.parameters)
+    if arguments.out:
+        writable_folder(arguments.out)
     indices = range(0, len(images), arguments.every)
 
     rows: list[Row] = []
@@ -177,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         frame = expose(images.central_views(VIEW_PX, [0]), torch.tensor([dose]), generator)[0, 0]
         denoisers = {name: d for name, d in _denoisers(engines, tuned, dose).items() if name not in (NOISY,)}
         speeds = measure_ms(denoisers, frame.numpy().astype(np.uint8))
-    results = report.stamp("evaluate", argv) | {
+    results = stamp | {
         "test": str(arguments.test),
         "images": len(indices),
         "view_px": VIEW_PX,
@@ -390,16 +396,17 @@ def markdown(results: Mapping[str, Any]) -> str:
             [
                 label(entry["denoiser"]),
                 "-" if entry["dose"] is None else f"{entry['dose']:g}",
-                *(f"{entry[key]:.3f} +- {entry[f'{key}_sd']:.3f}" for key in SURFACE_KEYS),
+                *(f"{entry[key]:.3f} +- {entry[f'{key}_sd']:.3f}" for key in (*SURFACE_KEYS, "chance_f1")),
             ]
             for entry in results["surface"]
             if "f1" in entry
         ]
         parts += [
             "## Columns on the surface",
-            report.table(["", "dose [e/px]", "precision", "recall", "F1", "Jaccard"], rows),
+            report.table(["", "dose [e/px]", "precision", "recall", "F1", "Jaccard", "F1 by chance"], rows),
             f"{results['images_with_surface']} of {results['images']} images: those in whose noiseless picture the "
-            f"detector finds the surface with an F1 of {READABLE_F1} or more. The row *{CLEAN}* is the best it can do.",
+            f"detector finds the surface with an F1 of {READABLE_F1} or more. The row *{CLEAN}* is the best it can do; "
+            "by chance is what as many columns at random places would score.",
         ]
     for key, entries in results["by"].items():
         for dose in doses:
@@ -434,6 +441,12 @@ def markdown(results: Mapping[str, Any]) -> str:
             ),
             f"Frames of {results['view_px']} x {results['view_px']} uint8, one at a time, {SPEED_TURNS} turns.",
         ]
+        load, cores = (results["hardware"][key] for key in ("load_average", "cores"))
+        if load > cores:
+            parts.append(
+                f"**These times are too long:** other work kept the machine busy, with a load average of {load:.1f} on "
+                f"{cores} cores at the start. Only their ratios mean something."
+            )
     if results["baselines"]:
         rows = [
             [
@@ -448,6 +461,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             report.table(
                 ["dose [e/px]", "baseline", "library", "parameters", "at the edge of the grid"], rows
             ),
+            f"Tuned on {_numbers(one['views'] for one in results['baselines'])} views.",
         ]
     return "\n\n".join(parts)
 
@@ -461,6 +475,10 @@ def label(denoiser: str) -> str:
 def _cell(entry: Mapping[str, Any]) -> str:
     spread = Spread(entry["mean"], entry["sd"], entry["images"])
     return spread.text(2) if spread.images > 1 else f"{spread.mean:.2f}"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def _text(group: float | str) -> str:

@@ -6,15 +6,16 @@ where that pixel's electrons come from: in the bulk, at the surface, in vacuum. 
 b_x = 0, and f(x) = J_x x is checked to 1e-4. (Mohan et al., "Robust and interpretable blind
 image denoising via bias-free convolutional neural networks", ICLR 2020.)
 
-Likelihood maps (likelihood.png): do the counts support a column that the network has drawn? For a
-blob B of the denoised frame with mean lambda_B, against vacuum with lambda_v,
+Likelihood maps (likelihood-DOSE.png): do the counts support a column that the network has drawn? Counts
+that made a column always support it, so the frame is thinned binomially into two halves, which are
+independent frames of half the dose: one is denoised, the other one is asked. For a blob B of
+the denoised half with mean lambda_B, against vacuum with lambda_v,
 
     L_B = mean over B of log Poisson(y; lambda_B) - log Poisson(y; lambda_v)
         = lambda_v - lambda_B + mean_B(y) ln(lambda_B / lambda_v)
 
-per pixel: above 0 the counts speak for the column, below 0 for vacuum. (Mohan et al., arXiv 2010.12970.)
-The network has seen these counts, so noise that looks like a column supports the column that was made
-of it: a ratio near 0, or a few nats over the whole blob, proves nothing.
+per pixel, y from the half that the network has not seen: above 0 these counts speak for the column, below
+0 for vacuum, and within two standard errors of 0 for neither. (Mohan et al., arXiv 2010.12970.)
 """
 
 from __future__ import annotations
@@ -29,19 +30,24 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from scipy.spatial import cKDTree
 from torch import Tensor
 
 from train import networks, plots
+from train.command import explained, writable_folder
 from train.dataset import Images
-from train.metrics import VIEW_PX
+from train.metrics import VIEW_PX, psnr_db
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface, TrueColumns, columns_are_bright, detect
 
 TOLERANCE = 1e-4
-CROP_PX = 121  # half the side of what is shown of a filter
+LARGEST_CROP_PX = 256  # half the side of what is shown of a filter
+STANDARD_ERRORS = 2
 NOISE_SEED = 31
+THINNING_SEED = 37
+VERDICTS = {"supported": "#56B4E9", "uncertain": "#E69F00", "unsupported": "#D55E00"}
 Pixel = tuple[int, int]
 """Row and column."""
 
@@ -117,31 +123,57 @@ class LikelihoodMap:
     """(N, 3) x, y, radius [px]."""
     ratios: np.ndarray
     """(N,) log-likelihood ratio of column and vacuum, per pixel."""
+    errors: np.ndarray
+    """(N,) their standard errors."""
     nats: np.ndarray
-    """(N,) the same, over all pixels of the column."""
+    """(N,) the ratios over all pixels of the column."""
     image: np.ndarray
     """(H, W): the ratio of the column that covers a pixel, NaN elsewhere."""
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What the counts say of each column: one of `VERDICTS`."""
+        clear = np.abs(self.ratios) > STANDARD_ERRORS * self.errors
+        return [
+            ("supported" if ratio > 0 else "unsupported") if sure else "uncertain"
+            for ratio, sure in zip(self.ratios, clear, strict=True)
+        ]
+
+    def count(self) -> dict[str, int]:
+        """How many columns have each verdict."""
+        return {verdict: self.verdicts.count(verdict) for verdict in VERDICTS}
+
+
+def halves(counts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Counts (H, W) thinned binomially into two independent frames of half the dose, which add up to them."""
+    one = rng.binomial(counts.astype(np.int64), 0.5).astype(counts.dtype)
+    return one, counts - one
 
 
 def likelihood_map(
     counts: np.ndarray, denoised: np.ndarray, columns: np.ndarray, vacuum: float
 ) -> LikelihoodMap:
-    """Score the `columns` (N, 3; x, y, radius [px]) of a denoised frame (H, W) against its counts (H, W).
+    """Score the `columns` (N, 3; x, y, radius [px]) of a denoised frame (H, W) against counts (H, W) of the same dose.
 
-    `vacuum` is the dose [electrons/pixel].
+    `vacuum` is that dose [electrons/pixel]. The counts should be others than those that were denoised.
     """
     if not vacuum > 0:
         raise ValueError(f"vacuum must have a positive dose, got {vacuum} electrons/pixel")
     rows, places = np.mgrid[: counts.shape[0], : counts.shape[1]]
     image = np.full(counts.shape, np.nan)
-    ratios, nats = [], []
+    ratios, errors, nats = [], [], []
     for x, y, radius in columns:
         inside = (places - x) ** 2 + (rows - y) ** 2 <= radius**2
         level = max(float(denoised[inside].mean()), 1e-6)
-        ratios.append(vacuum - level + float(counts[inside].mean()) * np.log(level / vacuum))
-        nats.append(ratios[-1] * inside.sum())
+        pixels, electrons = int(inside.sum()), float(counts[inside].sum())
+        logarithm = np.log(level / vacuum)
+        ratios.append(vacuum - level + electrons / pixels * logarithm)
+        errors.append(abs(logarithm) * np.sqrt(max(electrons, 1)) / pixels)
+        nats.append(ratios[-1] * pixels)
         image[inside] = ratios[-1]
-    return LikelihoodMap(columns=columns, ratios=np.array(ratios), nats=np.array(nats), image=image)
+    return LikelihoodMap(
+        columns=columns, ratios=np.array(ratios), errors=np.array(errors), nats=np.array(nats), image=image
+    )
 
 
 # -- figures ---------------------------------------------------------------------------
@@ -149,11 +181,26 @@ def likelihood_map(
 
 def draw_filters(
     frames: Mapping[float, tuple[np.ndarray, np.ndarray, Mapping[str, EquivalentFilter]]],
+    scores_db: Mapping[float, float],
     columns: np.ndarray,
+    field_of_view_px: int,
     path: Path,
 ) -> None:
-    """A row per dose of {dose: (counts, denoised, {place: filter})}; `columns` (N, 2) are marked."""
+    """A row per dose of {dose: (counts, denoised, {place: filter})} with its PSNR; `columns` (N, 2) are marked.
+
+    The colours of a place's filters mean the same at every dose.
+    """
     names = list(next(iter(frames.values()))[2])
+    half = min(field_of_view_px // 2 + 1, LARGEST_CROP_PX)
+    share = "" if 2 * half >= field_of_view_px else f"\n{2 * half} of {field_of_view_px} px"
+    # A few pixels around the middle weigh far more than the rest.
+    limits = {
+        name: max(
+            1e3 * float(np.percentile(np.abs(_crop(filters[name], half)), 99.8))
+            for _, _, filters in frames.values()
+        )
+        for name in names
+    }
     figure = Figure(figsize=(3.6 * (2 + len(names)), 3.2 * len(frames) + 0.2), layout="constrained")
     axes = figure.subplots(len(frames), 2 + len(names), squeeze=False)
     for (dose, (counts, denoised, filters)), row in zip(frames.items(), axes, strict=True):
@@ -161,7 +208,7 @@ def draw_filters(
         shown = plots.show(row[0], counts, f"counts, {dose:g} electrons/pixel", (0, highest))
         figure.colorbar(shown, ax=row[0], shrink=0.85, label="electrons")
         low, high = np.percentile(denoised, (0.2, 99.8))
-        shown = plots.show(row[1], denoised, "denoised", (low, high))
+        shown = plots.show(row[1], denoised, f"denoised, PSNR {scores_db[dose]:.2f} dB", (low, high))
         figure.colorbar(shown, ax=row[1], shrink=0.85, label="expected electrons")
         plots.scale_bar(row[1], 0.5)
         for n, (name, one) in enumerate(filters.items()):
@@ -173,19 +220,16 @@ def draw_filters(
                     fontweight="bold",
                 )  # fmt: skip
             axis = row[2 + n]
-            # A few pixels around the middle weigh far more than the rest.
-            limit = 1e3 * float(np.percentile(np.abs(_crop(one.weights, one.pixel)), 99.8))
+            limit = limits[name]
             shown = axis.imshow(
                 1e3 * one.weights, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
             )
-            title = (
-                f"{name}: weights add up to {one.weights.sum():.2f}\n|f(x) - J x| / f(x) = {one.error:.0e}"
-            )
+            title = f"{name}: weights add up to {one.weights.sum():.2f}\n|f(x) - J x| / f(x) = {one.error:.0e}{share}"
             axis.set_title(title, fontsize=10)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_xlim(x - CROP_PX - 0.5, x + CROP_PX + 0.5)
-            axis.set_ylim(y + CROP_PX + 0.5, y - CROP_PX - 0.5)
+            axis.set_xlim(x - half - 0.5, x + half + 0.5)
+            axis.set_ylim(y + half + 0.5, y - half - 0.5)
             axis.set_facecolor("0.85")  # beyond the frame
             axis.plot(
                 *columns.T, "o", color="0.3", markerfacecolor="none", markersize=11, markeredgewidth=0.6
@@ -196,39 +240,44 @@ def draw_filters(
     plots.save(figure, path)
 
 
-def _crop(image: np.ndarray, pixel: Pixel) -> np.ndarray:
-    row, column = pixel
-    return image[max(0, row - CROP_PX) : row + CROP_PX + 1, max(0, column - CROP_PX) : column + CROP_PX + 1]
+def _crop(one: EquivalentFilter, half: int) -> np.ndarray:
+    row, column = one.pixel
+    return one.weights[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1]
 
 
 def draw_likelihood(
     clean: np.ndarray, counts: np.ndarray, denoised: np.ndarray, found: LikelihoodMap, dose: float, path: Path
 ) -> None:
-    """Truth, counts, denoised frame with its columns, and their likelihood; all (H, W) [electrons]."""
+    """Truth, one half's counts, the other half denoised with its columns, and their likelihood; (H, W) [electrons].
+
+    `dose` is that of a half.
+    """
     figure = Figure(figsize=(16.5, 4.3), layout="constrained")
     axes = figure.subplots(1, 4)
     low, high = np.percentile(clean, (0.2, 99.8))
     plots.show(axes[0], clean, "noiseless", (low, high))
     plots.scale_bar(axes[0], 0.5)
     highest = max(1.0, float(np.percentile(counts, 99.8)))
-    shown = plots.show(axes[1], counts, f"counts, {dose:g} electrons/pixel", (0, highest))
+    shown = plots.show(axes[1], counts, f"one half of the counts, {dose:g} electrons/pixel", (0, highest))
     figure.colorbar(shown, ax=axes[1], shrink=0.85, label="electrons")
-    shown = plots.show(axes[2], denoised, f"denoised, {len(found.columns)} columns found", (low, high))
+    shown = plots.show(
+        axes[2], denoised, f"the other half, denoised: {len(found.columns)} columns", (low, high)
+    )
     figure.colorbar(shown, ax=axes[2], shrink=0.85, label="expected electrons")
     limit = float(np.abs(found.ratios).max()) if len(found.ratios) else 1.0
     axes[3].imshow(denoised, cmap="gray", vmin=low, vmax=high, alpha=0.35)
-    against = int((found.ratios < 0).sum())
+    number = found.count()
     shown = plots.show(
-        axes[3], found.image, f"likelihood map: {against} of {len(found.ratios)} unsupported", (-limit, limit), "RdBu"
+        axes[3], found.image, "what the first half says: " + ", ".join(f"{number[v]} {v}" for v in VERDICTS),
+        (-limit, limit), "RdBu",
     )  # fmt: skip
     figure.colorbar(shown, ax=axes[3], shrink=0.85, label="ln(column / vacuum) per pixel")
-    for (x, y, radius), ratio in zip(found.columns, found.ratios, strict=True):
-        doubted = ratio < 0
+    for (x, y, radius), verdict in zip(found.columns, found.verdicts, strict=True):
         for axis in axes[2:]:
-            colour = "#D55E00" if doubted else "#56B4E9"
-            axis.add_patch(
-                Circle((x, y), radius, fill=False, color=colour, linewidth=1.6 if doubted else 0.6)
-            )
+            width = 0.8 if verdict == "supported" else 1.6
+            axis.add_patch(Circle((x, y), radius, fill=False, color=VERDICTS[verdict], linewidth=width))
+    handles = [Line2D([], [], color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     plots.save(figure, path)
 
 
@@ -246,13 +295,15 @@ def explain(
     bright = columns_are_bright(PAPER_DOSE * clean, images.parameters[index].get("contrast"))
     pixels = places(columns, Surface(columns, shape, bright=bright).positions, shape)
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    frames, checks, likelihoods = {}, [], []
+    thinning = np.random.default_rng(THINNING_SEED)
+    frames, scores_db, checks, likelihoods = {}, {}, [], []
     for dose in doses:
         counts = expose(view, torch.tensor([dose]), generator)[0, 0].numpy()
         rows = equivalent_filters(trained, counts, list(pixels.values()))
         filters = dict(zip(pixels, rows, strict=True))
         denoised = trained.denoise(counts)
         frames[dose] = counts, denoised, filters
+        scores_db[dose] = psnr_db(denoised * (PAPER_DOSE / dose), PAPER_DOSE * clean)
         for place, one in filters.items():
             checks.append(
                 {
@@ -260,24 +311,34 @@ def explain(
                     "relative_error": one.error, "sum_of_weights": float(one.weights.sum()),
                 }
             )  # fmt: skip
-        found = likelihood_map(
-            counts, denoised, detect(denoised * (PAPER_DOSE / dose), bright=bright), vacuum=dose
-        )
-        draw_likelihood(dose * clean, counts, denoised, found, dose, out / f"likelihood-{dose:g}.png")
+        asked, seen = halves(counts, thinning)
+        drawn = trained.denoise(seen)
+        blobs = detect(drawn * (PAPER_DOSE / (dose / 2)), bright=bright)
+        found = likelihood_map(asked, drawn, blobs, vacuum=dose / 2)
+        draw_likelihood(dose / 2 * clean, asked, drawn, found, dose / 2, out / f"likelihood-{dose:g}.png")
         likelihoods.append(
             {
-                "dose": dose, "columns": len(found.ratios), "unsupported": int((found.ratios < 0).sum()),
-                "ratios": found.ratios.round(5).tolist(), "nats": found.nats.round(2).tolist(),
+                "dose": dose, "columns": len(found.ratios), **found.count(),
+                "ratios": found.ratios.round(5).tolist(), "standard_errors": found.errors.round(5).tolist(),
+                "nats": found.nats.round(2).tolist(),
             }
         )  # fmt: skip
-    draw_filters(frames, columns.positions[columns.on_particle], out / "filters.png")
+    draw_filters(
+        frames,
+        scores_db,
+        columns.positions[columns.on_particle],
+        trained.field_of_view_px,
+        out / "filters.png",
+    )
     worst = max(check["relative_error"] for check in checks)
     return {
         "network": trained.name, "bias_free": trained.bias_free, "image": index,
+        "psnr_db": {str(dose): round(score_db, 2) for dose, score_db in scores_db.items()},
         "largest_relative_error": worst, "linear": worst <= TOLERANCE, "filters": checks, "likelihood": likelihoods,
     }  # fmt: skip
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.explain",
@@ -292,14 +353,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
+    if not all(dose > 0 for dose in arguments.doses):
+        parser.error(f"doses must be positive [electrons/pixel], got {arguments.doses}")
     images = Images(arguments.test)
     if not 0 <= arguments.image < len(images):
         parser.error(f"--image must lie in 0-{len(images) - 1}, got {arguments.image}")
-    try:
-        trained = networks.load(arguments.network)
-        result = explain(trained, images, arguments.image, arguments.doses, arguments.out)
-    except ValueError as error:
-        parser.error(str(error))
+    trained = networks.load(arguments.network)
+    writable_folder(arguments.out)
+    result = explain(trained, images, arguments.image, arguments.doses, arguments.out)
     (arguments.out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("filters", "likelihood")}))
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bench import report
 from emstream import load_engine
 from emstream.inference import Engine, EngineCard
+from train import networks
+from train.command import explained, writable_file
 from train.dataset import SAMPLING_A, Images
 from train.evaluate import VIEW_PX, evaluate
 from train.fit import EMA_DECAY
 from train.models import BiasFreeBatchNorm, Network, parameters
 from train.noise import DOSE_RANGE, PAPER_DOSE
-from train.recipe import RecipeError, load
+from train.recipe import load
 
 LARGEST_PX = 8192
 NEAR_PAPER_DOSE = (0.8 * PAPER_DOSE, 1.2 * PAPER_DOSE)  # mean counts of a frame vary with what it shows
@@ -131,17 +134,20 @@ def write_pt2(network: Network, path: Path, card: EngineCard) -> None:
     torch.export.save(program, path, extra_files={"card.json": json.dumps(card.to_metadata())})
 
 
-def score(engine: Engine, test: Path) -> dict[str, Any]:
+def score(engine: Engine, images: Images) -> dict[str, Any]:
     """Test-set figures at 0.45 electrons/pixel of the engine as it runs here, and of the noisy frames."""
-    images = Images(test)
     views = (images.central_views(VIEW_PX, [index])[0, 0].numpy() for index in range(len(images)))
     views = tqdm(views, total=len(images), unit="image", desc="test", mininterval=5)
     return evaluate({"noisy": lambda counts: counts, "network": engine.denoise}, views, PAPER_DOSE)
 
 
-def model_card(card: EngineCard, scores: dict[str, Any], device: str) -> str:
-    """The card as Markdown."""
+def model_card(
+    card: EngineCard, scores: dict[str, Any], device: str, tests: Sequence[Mapping[str, Any]]
+) -> str:
+    """The card as Markdown; `tests` are the parameters of the test images."""
     network, noisy = scores["network"], scores["noisy"]
+    defoci_nm = [one["defocus_nm"] for one in tests]
+    defocus = f"{min(defoci_nm):.0f} to {max(defoci_nm):.0f} nm"
     return f"""# {card.name}
 
 {card.architecture}, {card.parameters:,} parameters, field of view {card.field_of_view_px} px,
@@ -149,7 +155,7 @@ bias-free: {"yes" if card.bias_free else "no"}. Files: `{card.name}.onnx` (OpenV
 
 - **Input** electron counts (B, H, W), any size; **output** expected electrons per pixel, float32.
 - **Trained for** {card.dose_range[0]}-{card.dose_range[1]} electrons/pixel/frame, pixels of {card.sampling_pm} pm,
-  Pt on CeO2 in [110], 300 kV, thickness 3-6 nm, tilt up to 4 degrees, defocus 0-20 nm, any in-plane rotation.
+  Pt on CeO2 in [110], 300 kV, thickness 3-6 nm, tilt up to 4 degrees, defocus {defocus}, any in-plane rotation.
 - **Training** {card.trained}.
 - **Test** on {network["images"]} images of specimens it has not seen, {PAPER_DOSE} electrons/pixel, peak 1 electron,
   on {device}: PSNR {network["psnr_db"]} +- {network["psnr_sd"]} dB, SSIM {network["ssim"]} +- {network["ssim_sd"]}
@@ -160,6 +166,7 @@ bias-free: {"yes" if card.bias_free else "no"}. Files: `{card.name}.onnx` (OpenV
 """
 
 
+@explained
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -171,17 +178,18 @@ def main() -> None:
     if arguments.output.suffix != ".onnx":
         parser.error(f"output must end in .onnx, got {arguments.output}")
 
-    try:
-        recipe, network, state = load(arguments.checkpoint)
-    except RecipeError as error:
-        parser.error(str(error))
+    writable_file(arguments.output)
+    recipe, network, state = load(arguments.checkpoint)
     if recipe.task != "tem":
-        parser.error(f"{arguments.checkpoint} was trained on {recipe.task}; an engine takes electron counts")
+        raise ValueError(
+            f"{arguments.checkpoint} was trained on {recipe.task}; an engine takes electron counts"
+        )
+    images = Images(arguments.test)
+    networks.load(arguments.checkpoint).refuse_seen(images.parameters)
     network.eval()
     count = parameters(network)
     hardware = arguments.hardware or state.get("hardware", "")
     fold_norms(network)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     card = EngineCard(
         name=arguments.output.stem,
         architecture=network.description,
@@ -199,15 +207,15 @@ def main() -> None:
             f"{' on ' + hardware if hardware else ''}; AdamW, peak rate "
             f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}, loss {recipe.loss}"
         ),
-        commit=subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        commit=state.get("training", {}).get("commit") or report.stamp("export", ())["commit"] or "unknown",
     )
     write_onnx(network, arguments.output, card)
     engine = load_engine(arguments.output)
-    scores = score(engine, arguments.test)
+    scores = score(engine, images)
     card = replace(card, psnr_db=scores["network"]["psnr_db"], ssim=scores["network"]["ssim"])
     write_onnx(network, arguments.output, card)
     write_pt2(network, arguments.output.with_suffix(".pt2"), card)
-    arguments.output.with_suffix(".md").write_text(model_card(card, scores, engine.device))
+    arguments.output.with_suffix(".md").write_text(model_card(card, scores, engine.device, images.parameters))
     print(json.dumps(scores))
 
 

@@ -21,25 +21,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from bench import report
 from train import photographs
+from train.command import explained, writable_folder
 from train.dataset import Images
 from train.log import Log
 from train.losses import LOSSES
+from train.metrics import psnr_db
 from train.models import BiasFreeBatchNorm, Network
 from train.noise import PAPER_DOSE, draw_doses, expose
 from train.recipe import Recipe, RecipeError, load_state, load_teacher, save
+from train.shards import EARLIER_SETTINGS
 
 CHECKPOINT_S = 45.0
 CALIBRATION_BATCHES = 40
 EMA_DECAY = 0.999
 LOG_EVERY = 100
 VALIDATE_EVERY = 1000
+CPU_VALIDATION_VIEWS = 16
+WARM_UP_STEPS = (30, 300)
+REMEDY = "take a recipe with a smaller learning_rate, and another OUTDIR"
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more."""
 
 
 def choose_device() -> tuple[torch.device, torch.dtype]:
@@ -112,19 +124,17 @@ def predict(
     return estimate if bias_free else estimate / doses
 
 
-def psnr(estimate: Tensor, truth: Tensor) -> Tensor:
-    """PSNR [dB] of each image (N, 1, H, W) in electrons per pixel, peak 1 electron, clipped to [0, 1]."""
-    error = estimate.clamp(0, 1) - truth.clamp(0, 1)
-    return -10 * torch.log10(error.square().mean(dim=(1, 2, 3)))
+def held_out(recipe: Recipe, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Noisy and true images (N, 1, H, W) to validate on, `most` or fewer: 0.45 electrons per pixel.
 
-
-def held_out(recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """Noisy and true images (N, 1, H, W) to validate on: 0.45 electrons per pixel; the noise is the same each time."""
+    The noise is the same each time.
+    """
     generator = torch.Generator().manual_seed(7)
     if recipe.task == "photographs":
         return photographs.held_out(generator)
-    views = chosen_images(recipe.validate, recipe).central_views(512)[::2].split(4)
-    return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views]
+    views = chosen_images(recipe.validate, recipe).central_views(512)[::2]
+    views = views[:: -(-len(views) // (most or len(views)))]
+    return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views.split(4)]
 
 
 @torch.no_grad()
@@ -135,8 +145,9 @@ def validation_psnr(network: Network, pairs: list[tuple[Tensor, Tensor]], precis
     for noisy, truth in pairs:
         with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
             estimate = network(noisy.to(device))
-        scores.append(psnr(estimate.float(), truth.to(device)))
-    return torch.cat(scores).mean().item()
+        images = estimate.float().cpu().numpy()[:, 0], truth.numpy()[:, 0]
+        scores += [psnr_db(*pair) for pair in zip(*images, strict=True)]
+    return float(np.mean(scores))
 
 
 @torch.no_grad()
@@ -154,6 +165,35 @@ def calibrate_norms(network: Network, images: Any, recipe: Recipe, precision: to
         predict(network, counts, doses, True, precision)
 
 
+def warm_up(step: int, expected: float) -> float:
+    """The share of the learning rate in a step: it rises over a tenth of the `expected` steps, of 30 to 300."""
+    least, most = WARM_UP_STEPS
+    return min(1, (step + 1) / min(max(expected / 10, least), most))
+
+
+def check_losses(losses: list[Tensor], rates: list[float], step: int) -> None:
+    """Raise `Diverged` if one of the losses of the last steps before `step` is not finite."""
+    finite = torch.stack(losses).isfinite().tolist() if losses else []
+    if not all(finite):
+        place = finite.index(False)
+        raise Diverged(
+            f"the loss is {losses[place].item()} in step {step - len(losses) + place + 1}, at a learning rate of "
+            f"{rates[place]:.3g}: {REMEDY}"
+        )
+
+
+def provenance(images: Any) -> dict[str, Any]:
+    """What trains, and what it trains on: commit, date, how many images, of which specimens."""
+    stamp = report.stamp("fit", ())
+    found: dict[str, Any] = {"commit": stamp["commit"], "date": stamp["date"], "images": len(images.images)}
+    parameters = getattr(images, "parameters", ())
+    if parameters:
+        seeds = [one["seed"] for one in parameters]
+        materials = {one.get("material", EARLIER_SETTINGS["material"]) for one in parameters}
+        found |= {"seeds": [min(seeds), max(seeds)], "materials": sorted(materials)}
+    return found
+
+
 def clock_s(device: torch.device) -> float:
     """The time that counts [s]: on a CPU what its cores gave to this process, whatever else they had to do."""
     return time.monotonic() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
@@ -169,11 +209,14 @@ def agree(seconds: float) -> float:
 
 
 def fit(recipe: Recipe, out: Path) -> Network:
-    """Train; leaves checkpoint.pt, best.pt and log.csv in `out` and returns this process's network."""
+    """Train; leaves checkpoint.pt, best.pt and log.csv in `out` and returns this process's network.
+
+    Raises `Diverged` when the loss stops being a number.
+    """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first = rank == 0
     device, precision = choose_device()
-    out.mkdir(parents=True, exist_ok=True)
+    writable_folder(out)
 
     torch.manual_seed(recipe.seed)
     network = recipe.build()
@@ -181,7 +224,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
     network.to(device, memory_format=torch.channels_last)
     teacher = load_teacher(recipe).to(device) if recipe.distill_from else None
     images = training_images(recipe, device)
-    pairs = held_out(recipe) if first else []
+    pairs = held_out(recipe, CPU_VALIDATION_VIEWS if device.type == "cpu" else None) if first else []
+    made = provenance(images)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     step, spent_s, best = state.get("step", 0), state.get("spent_s", 0.0), state.get("best", -math.inf)
@@ -209,19 +253,49 @@ def fit(recipe: Recipe, out: Path) -> Network:
     def part() -> float:
         return step / recipe.steps if recipe.steps else spent_s / (3600 * recipe.hours)
 
-    def checkpoint() -> None:
+    def expected_steps() -> float:
+        """Of the whole run, by the quickest step so far."""
+        if recipe.steps:
+            return recipe.steps
+        return step + (3600 * recipe.hours - spent_s) / quickest_s if quickest_s else math.inf
+
+    def checkpoint(validation_due: bool = False) -> None:
         save(
             out / "checkpoint.pt", recipe, network=network.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, spent_s=spent_s,
+            validation_due=validation_due,
         )  # fmt: skip
 
-    log = Log(out, step) if first else None
+    def validate() -> float:
+        """Score what is trained so far, and keep it if it is the best."""
+        nonlocal best
+        checkpoint(validation_due=True)
+        score = validation_psnr(ema, pairs, precision)
+        if not math.isfinite(score):
+            raise Diverged(f"the network of step {step} validates with {score} dB: {REMEDY}")
+        progress.write(f"step {step}: {score:.2f} dB")
+        if score > best:
+            best = score
+            save(
+                out / "best.pt", recipe, network=ema.state_dict(), step=step, spent_s=spent_s,
+                validation_psnr_db=score, hardware=hardware(device, processes), training=made,
+            )  # fmt: skip
+        return score
+
+    unvalidated = bool(state.get("validation_due")) or (part() >= 1 and best == -math.inf)
+    log = Log(out, step - unvalidated) if first else None
     progress = tqdm(total=100, unit="%", disable=not first, bar_format="{l_bar}{bar}|{elapsed}{postfix}")
-    begin, saved, losses = clock_s(device) - spent_s, time.monotonic(), []
+    if log is not None and unvalidated:
+        log.write(step, round(spent_s), None, None, validate())
+        checkpoint()
+    if first and part() >= 1:
+        asked = f"{recipe.steps} steps" if recipe.steps else f"{recipe.hours:g} hours"
+        print(f"nothing is left to do: {out} has had {step} steps in {spent_s / 3600:.2f} hours of {asked}")
+    begin, saved, quickest_s = clock_s(device) - spent_s, time.monotonic(), 0.0
+    losses, rates, start = [], [], step
     while part() < 1:
-        # Warm up for 300 steps, or a tenth of a shorter run; then half a cosine.
-        warm = min(1, max((step + 1) / 300, part() / 0.1))
-        rate = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * part()))
+        # After the warm-up, half a cosine.
+        rate = recipe.learning_rate * warm_up(step, expected_steps()) * 0.5 * (1 + math.cos(math.pi * part()))
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -244,34 +318,33 @@ def fit(recipe: Recipe, out: Path) -> Network:
             for kept, new in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
                 if kept.is_floating_point():
                     kept.lerp_(new, 1 - decay)
-        losses.append(loss.detach())
+        if first:
+            losses.append(loss.detach())
+            rates.append(rate)
         step += 1
-        spent_s = agree(clock_s(device) - begin)
+        before_s, spent_s = spent_s, agree(clock_s(device) - begin)
+        if step > start + 1:  # the first one compiles
+            quickest_s = min(quickest_s or math.inf, spent_s - before_s)
 
         if not first:
             continue
         finished = part() >= 1
         progress.update(min(100, 100 * part()) - progress.n)
         validating = step % VALIDATE_EVERY == 0 or finished
-        if not finished and (validating or time.monotonic() - saved > CHECKPOINT_S):
-            checkpoint()
-            saved = time.monotonic()
-        if step % LOG_EVERY == 0 or finished:
-            score = validation_psnr(ema, pairs, precision) if validating else None
+        due = time.monotonic() - saved > CHECKPOINT_S
+        if not (validating or due or step % LOG_EVERY == 0):
+            continue
+        check_losses(losses, rates, step)
+        score = validate() if validating else None
+        if validating or step % LOG_EVERY == 0:
             mean_loss = torch.stack(losses).mean().item()
-            losses.clear()
             log.write(step, round(spent_s), f"{rate:.3g}", f"{mean_loss:.6f}", score)
             progress.set_postfix(step=step, loss=f"{mean_loss:.5f}")
-            if score is not None:
-                progress.write(f"step {step}: {score:.2f} dB")
-                if score > best:
-                    best = score
-                    save(
-                        out / "best.pt", recipe, network=ema.state_dict(), step=step, spent_s=spent_s,
-                        validation_psnr_db=score, hardware=hardware(device, processes),
-                    )  # fmt: skip
-        if finished:
+            losses.clear()
+            rates.clear()
+        if validating or due:
             checkpoint()
+            saved = time.monotonic()
     progress.close()
     if log is not None:
         log.close()
@@ -281,6 +354,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
     return network
 
 
+@explained
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -291,15 +365,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="likewise")
     parser.add_argument("--no-compile", action="store_true", help="start at once; each step takes longer")
     arguments = parser.parse_args()
-    try:
-        recipe = Recipe.read(arguments.recipe)
-        if (arguments.hours, arguments.steps) != (None, None):
-            recipe = replace(recipe, hours=arguments.hours, steps=arguments.steps)
-        if arguments.no_compile:
-            recipe = replace(recipe, compile=False)
-        fit(recipe, arguments.out)
-    except (RecipeError, FileNotFoundError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+    recipe = Recipe.read(arguments.recipe)
+    if (arguments.hours, arguments.steps) != (None, None):
+        recipe = replace(recipe, hours=arguments.hours, steps=arguments.steps)
+    if arguments.no_compile:
+        recipe = replace(recipe, compile=False)
+    fit(recipe, arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Shapes: counts (B, 1, H, W) in, expected counts (B, 1, H, W) out.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emstream.inference import EngineCard
 from train import recipe
 from train.models import macs_per_pixel, parameters
+from train.shards import EARLIER_SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,28 @@ class Trained:
     trained: str | None = None
     """In words, where nothing else is known."""
     validation_psnr_db: float | None = None
+    card_psnr_db: float | None = None
+    """On the test images of an engine's card."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Commit and date, number of images, first and last seed and materials of the specimens; empty if not known."""
+
+    @property
+    def rank_db(self) -> float:
+        """The PSNR that says which of several is the best."""
+        known = (self.validation_psnr_db, self.card_psnr_db)
+        return next((psnr_db for psnr_db in known if psnr_db is not None), -np.inf)
+
+    def refuse_seen(self, parameters: Iterable[Mapping[str, Any]]) -> None:
+        """Raise ValueError if a test image with one of the `parameters` shows a specimen it was trained on."""
+        first, last = self.training.get("seeds", (0, -1))
+        materials = self.training.get("materials", ())
+        for one in parameters:
+            material = one.get("material", EARLIER_SETTINGS["material"])
+            if material in materials and first <= one["seed"] <= last:
+                raise ValueError(
+                    f"{self.path} was trained on specimens {first}-{last} of {material}, and the test images show "
+                    f"specimen {one['seed']}: test on others, made by train.simulate with another --first-seed"
+                )
 
     def __call__(self, counts: Tensor) -> Tensor:
         """Run on counts of any H and W."""
@@ -62,6 +86,8 @@ class Trained:
 def load(path: Path, device: str = "cpu") -> Trained:
     """A run's best.pt or checkpoint.pt, an engine's .pt2, or an .onnx that has its .pt2 beside it."""
     path = Path(path)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"there is no GPU for device {device}; take cpu")
     if path.suffix == ".onnx":
         if not path.with_suffix(".pt2").exists():
             raise ValueError(f"{path} has no {path.with_suffix('.pt2').name} beside it, which is needed here")
@@ -85,7 +111,7 @@ def _load_checkpoint(path: Path) -> Trained:
         parameters=parameters(network), bias_free=network.bias_free, macs_per_pixel=macs_per_pixel(network),
         field_of_view_px=network.field_of_view_px, recipe=asdict(read), steps=state.get("step"),
         hours=None if spent_s is None else spent_s / 3600, hardware=state.get("hardware"),
-        validation_psnr_db=state.get("validation_psnr_db"),
+        validation_psnr_db=state.get("validation_psnr_db"), training=state.get("training", {}),
     )  # fmt: skip
 
 
@@ -101,4 +127,5 @@ def _load_program(path: Path) -> Trained:
         name=card.name, path=path, network=network, multiple_px=card.multiple_px, parameters=card.parameters,
         bias_free=card.bias_free, macs_per_pixel=counter.get_total_flops() // 2 // side**2,
         field_of_view_px=card.field_of_view_px, trained=card.trained,
+        card_psnr_db=card.psnr_db,
     )  # fmt: skip

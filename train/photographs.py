@@ -24,6 +24,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from train.command import explained
+
 TRAINING = (
     "PyWavelets/aero", "PyWavelets/ascent", "scikit-image/brick.png", "scikit-image/coins.png",
     "scikit-image/grass.png", "scikit-image/gravel.png", "scikit-image/ihc.png", "scikit-image/moon.png",
@@ -124,18 +126,18 @@ def evaluate(denoise: Callable[[np.ndarray], np.ndarray]) -> dict[str, dict[str,
     return report
 
 
+@explained
 def main() -> None:
-    from train.recipe import RecipeError, load
+    from train.recipe import load
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     arguments = parser.parse_args()
-    try:
-        recipe, network, _ = load(arguments.checkpoint)
-    except RecipeError as error:
-        parser.error(str(error))
+    recipe, network, _ = load(arguments.checkpoint)
     if recipe.task != "photographs":
-        parser.error(f"{arguments.checkpoint} was not trained on photographs; see python -m train.evaluate")
+        raise ValueError(
+            f"{arguments.checkpoint} was not trained on photographs; see python -m train.evaluate"
+        )
     network.eval()
     multiple = network.multiple_px
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from train.metrics import Spread
 
@@ -103,33 +105,78 @@ def psnr_against_dose(denoisers: Mapping[str, Mapping[float, Spread]], path: Pat
 
 
 def quality_against_speed(points: Sequence[Mapping[str, Any]], size_px: int, path: Path) -> None:
-    """PSNR against time and against multiplications: points of name, psnr_db, ms, macs_per_pixel or None."""
-    both = any(point["macs_per_pixel"] is not None for point in points)
-    figure = Figure(figsize=(9.6 if both else 6.4, 4.2), layout="constrained")
+    """PSNR against time and, for three networks or more, against multiplications.
+
+    Points of name, psnr_db, ms, macs_per_pixel or None.
+    """
+    both = sum(point["macs_per_pixel"] is not None for point in points) >= 3
+    figure = Figure(figsize=(11 if both else 7, 4.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, 1 + both, sharey=True))
     keys = {
         "ms": f"time per frame of {size_px} x {size_px} [ms], median",
         "macs_per_pixel": "multiplications per pixel (networks)",
     }
     for axis, (key, label) in zip(axes, keys.items(), strict=False):
-        for n, point in enumerate(points):
-            if point[key] is not None:
-                axis.plot(
-                    point[key], point["psnr_db"], color=COLOURS[n % len(COLOURS)], label=point["name"],
-                    marker=MARKERS[n % len(MARKERS)], markersize=8, linewidth=0,
-                )  # fmt: skip
-        values = [point[key] for point in points if point[key] is not None]
+        shown = [(n, point) for n, point in enumerate(points) if point[key] is not None]
+        for n, point in shown:
+            axis.plot(
+                point[key], point["psnr_db"], color=COLOURS[n % len(COLOURS)], marker=MARKERS[n % len(MARKERS)],
+                markersize=8, linewidth=0,
+            )  # fmt: skip
+        low, high = (bound(point[key] for _, point in shown) for bound in (min, max))
         axis.set_xscale("log")
-        axis.set_xlim(min(values) / 2, max(values) * 2)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_xlim(low / 3, high * 3)
+        axis.margins(y=0.12)
+        # At the ends of a long axis 1, 2 and 5 would run into each other.
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 30 * low else (1.0,)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel(label)
         axis.grid(linewidth=0.3)
     axes[0].set_ylabel("PSNR [dB], mean over images")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    for axis, key in zip(axes, keys, strict=False):
+        shown = [(n, point) for n, point in enumerate(points) if point[key] is not None]
+        places = [
+            (point[key], point["psnr_db"], point["name"], COLOURS[n % len(COLOURS)]) for n, point in shown
+        ]
+        _name_points(axis, places)
     save(figure, path)
+
+
+# Where a point's name may stand, nearest first: offset [points] and alignments
+_SIDES = [
+    (dx, dy, across, up)
+    for far in (1, 2, 3, 4)
+    for dx, dy, across, up in (
+        (8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 8 * far, "center", "bottom"),
+        (0, -8 * far, "center", "top"), (7 * far, 7 * far, "left", "bottom"), (7 * far, -7 * far, "left", "top"),
+        (-7 * far, 7 * far, "right", "bottom"), (-7 * far, -7 * far, "right", "top"),
+    )
+]  # fmt: skip
+
+
+def _name_points(axis: Axes, places: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names beside the points (x, y, name, colour) of a drawn axis, where they cover nothing."""
+    taken = []
+    for x, y, _, _ in places:
+        across, up = axis.transData.transform((x, y))
+        taken.append(Bbox.from_bounds(across - 8, up - 8, 16, 16))
+    for x, y, name, colour in places:
+        text = axis.annotate(
+            name, (x, y), xytext=(8, 0), textcoords="offset points", fontsize=8, color=colour
+        )
+        for dx, dy, across, up in _SIDES:
+            text.xyann = (dx, dy)
+            text.set_horizontalalignment(across)
+            text.set_verticalalignment(up)
+            box = text.get_window_extent()
+            frame = axis.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(text.get_window_extent())
 
 
 def psnr_against_field_of_view(series: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

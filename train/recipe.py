@@ -21,6 +21,11 @@ CHOICES = {
 }
 
 
+NETWORK = ("network", "base", "scales", "unshuffle", "bias")
+CHANGEABLE = ("hours", "steps", "compile", "distill_weight")  # from one call of train.fit to the next
+LARGEST_SEED = 2**63 - 1
+
+
 class RecipeError(ValueError):
     """A recipe, or a checkpoint that it meets, does not fit."""
 
@@ -72,6 +77,8 @@ class Recipe:
                 raise RecipeError(f"{key} must be {wanted}, got {value!r}")
             if type(value) in (int, float) and key != "seed" and not value > 0:
                 raise RecipeError(f"{key} must be positive, got {value}")
+        if abs(self.seed) > LARGEST_SEED:
+            raise RecipeError(f"seed must lie within +-{LARGEST_SEED}, got {self.seed}")
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise RecipeError(f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}")
@@ -125,7 +132,7 @@ class Recipe:
 
     def build(self) -> Network:
         """The network, untrained."""
-        arguments = {key: getattr(self, key) for key in ("base", "scales", "unshuffle", "bias")}
+        arguments = {key: getattr(self, key) for key in NETWORK[1:]}
         return build(self.network, **{key: value for key, value in arguments.items() if value is not None})
 
     def outline(self) -> Network:
@@ -158,7 +165,7 @@ def load(path: Path) -> tuple[Recipe, Network, dict[str, Any]]:
 
 
 def load_state(out: Path, recipe: Recipe, network: Network) -> dict[str, Any]:
-    """Where the run in `out` of this very network stopped, and its best validation so far; {} at the start."""
+    """Where the run in `out` of this very recipe stopped, and its best validation so far; {} at the start."""
     states = {}
     for name in ("checkpoint.pt", "best.pt"):
         if (out / name).exists():
@@ -168,6 +175,11 @@ def load_state(out: Path, recipe: Recipe, network: Network) -> dict[str, Any]:
                     f"{out / name} holds another network than the recipe asks for ({theirs.task}: "
                     f"{saved.description}, {'bias-free' if saved.bias_free else 'biased'}); choose another OUTDIR"
                 )
+            was, now = asdict(theirs), asdict(recipe)
+            changed = [key for key in was if key not in (*NETWORK, *CHANGEABLE) and was[key] != now[key]]
+            if changed:
+                changes = ", ".join(f"{key} was {was[key]!r} and is now {now[key]!r}" for key in changed)
+                raise RecipeError(f"{out / name} is of another recipe: {changes}; choose another OUTDIR")
     best = {"best": states["best.pt"]["validation_psnr_db"]} if "best.pt" in states else {}
     return states.get("checkpoint.pt", {}) | best
 

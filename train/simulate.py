@@ -4,8 +4,8 @@ Specimens are simulated in parallel by dask, on a cluster of this machine's core
 ``--scheduler``, on yours. Each task is one specimen: abTEM sends the wave through it once,
 which is most of the work, and forms all of its images. Tasks share nothing, so that
 nothing within abTEM needs to be parallel. This process alone writes, one HDF5 file for
-every few specimens (`train.shards`): a run that is killed loses the few specimens under
-way, seconds of work on each core, and the same command goes on from there.
+every few specimens (`train.shards`), and what is not enough for one every half minute: a run that is
+killed loses less than a minute, and the same command goes on from there.
 
 For the paper's scale, 1,000 specimens with 20 images each, 10.5 GB::
 
@@ -43,6 +43,7 @@ from distributed import Client, LocalCluster, as_completed
 from tqdm import tqdm
 
 from train import shards
+from train.command import explained, writable_file, writable_folder
 from train.imaging import GRID_PX, contrast_class, exit_wave, image, in_pixels, random_optics, use_device
 from train.shards import Shard, ShardError
 from train.structures import DEFECT_SETS, MATERIALS, check_atoms, material, projected_columns
@@ -50,6 +51,7 @@ from train.structures import DEFECT_SETS, MATERIALS, check_atoms, material, proj
 SPECIMENS_PER_SHARD = 8  # fewer when each has many images,
 IMAGES_PER_SHARD = 64  # so that little is lost when a run is killed
 AHEAD = 2  # tasks handed out for each worker: one to do, one to do next
+SAVE_S = 30.0
 PREVIEW_SPECIMENS = 12
 WORKERS_TIMEOUT_S = 60
 # Without dask's MALLOC_TRIM_THRESHOLD_, with which freed memory goes back to the system at once:
@@ -140,9 +142,10 @@ def simulate(
     client: Client, todo: dict[Path, list[int]], plan: Plan, device: str = "cpu", quiet: bool = False
 ) -> None:
     """Make the shards `todo` with the workers of `client`."""
-    waiting = deque((seed, path) for path, seeds in todo.items() for seed in seeds)
+    done = {path: read_unfinished(path, seeds, plan) for path, seeds in todo.items()}
+    waiting = deque((seed, path) for path, seeds in todo.items() for seed in seeds if seed not in done[path])
     shard_of: dict[str, tuple[int, Path]] = {}
-    done: dict[Path, dict[int, Any]] = {path: {} for path in todo}
+    saved = time.monotonic()
     running = as_completed(with_results=True)
 
     def hand_out() -> None:
@@ -152,18 +155,54 @@ def simulate(
             shard_of[task.key] = seed, path
             running.add(task)
 
+    def write_if_whole(path: Path) -> None:
+        if len(done[path]) == len(todo[path]):
+            write_shard(path, done.pop(path), plan)
+            _unfinished(path).unlink(missing_ok=True)
+
+    for path in todo:
+        write_if_whole(path)
+    number = len(waiting) * plan.images_each
     hand_out()
-    with tqdm(
-        total=len(waiting + deque(shard_of)) * plan.images_each, unit="image", disable=quiet
-    ) as progress:
+    with tqdm(total=number, unit="image", disable=quiet) as progress:
         for task, result in running:
             seed, path = shard_of.pop(task.key)
             task.release()
             hand_out()
             done[path][seed] = result
             progress.update(plan.images_each)
-            if len(done[path]) == len(todo[path]):
-                write_shard(path, done.pop(path), plan)
+            write_if_whole(path)
+            if time.monotonic() - saved > SAVE_S:
+                for part, results in done.items():
+                    if results:
+                        write_shard(_unfinished(part), results, plan)
+                saved = time.monotonic()
+
+
+def _unfinished(path: Path) -> Path:
+    """Where the specimens of a shard wait for its last one."""
+    return path.with_suffix(".unfinished")
+
+
+def read_unfinished(path: Path, seeds: list[int], plan: Plan) -> dict[int, Any]:
+    """What a run that was killed has left of the shard `path`, as `simulate_specimen` returned it for each seed."""
+    try:
+        shard = shards.read(_unfinished(path))
+    except (FileNotFoundError, ShardError):
+        return {}
+    there = shard.settings["seeds"]
+    if shard.settings != plan.settings(there) or not set(there) <= set(seeds):
+        return {}
+    own = {seed: slice(n * plan.images_each, (n + 1) * plan.images_each) for n, seed in enumerate(there)}
+    return {
+        seed: (shard.images[own[seed]], shard.parameters[own[seed]], shard.columns[seed]) for seed in there
+    }
+
+
+def surplus(directory: Path, seeds: range) -> list[int]:
+    """Specimens in `directory` that are not among `seeds`."""
+    there = {seed for path in directory.glob("shard-*.h5") for seed in shards.settings(path)["seeds"]}
+    return sorted(there - set(seeds))
 
 
 def write_shard(path: Path, results: dict[int, Any], plan: Plan) -> None:
@@ -225,6 +264,7 @@ def preview(sheet: Path, directory: Path, seeds: range, plan: Plan, device: str)
     print(sheet)
 
 
+@explained
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -240,7 +280,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--defocus", type=int, nargs=2, metavar=("FROM", "TO"), default=Plan.defocus_nm,
-        help="range of the defocus [nm], positive for underfocus; by default 0 20",
+        help="range of the defocus [nm], positive for underfocus; by default -20 20",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu takes CuPy")
     parser.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="of your own dask cluster")
@@ -272,11 +312,10 @@ def main() -> None:
         if arguments.scheduler is None:
             use_device(arguments.device)
         if arguments.preview:
+            writable_file(arguments.preview)
             preview(arguments.preview, arguments.directory, seeds, plan, arguments.device)
         else:
             run(arguments, seeds, plan)
-    except (ShardError, RuntimeError, ValueError) as error:
-        sys.exit(f"train.simulate: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the shards written so far are whole; the same command goes on")
 
@@ -284,7 +323,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace, seeds: range, plan: Plan) -> None:
     """Simulate what the command line asks for and the directory lacks."""
     directory: Path = arguments.directory
-    directory.mkdir(parents=True, exist_ok=True)
+    writable_folder(directory)
     logging.basicConfig(
         filename=directory / "simulate.log", level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
     )
@@ -292,6 +331,12 @@ def run(arguments: argparse.Namespace, seeds: range, plan: Plan) -> None:
     specimens = sum(map(len, todo.values()))
     if specimens < len(seeds):
         print(f"{directory} has {len(seeds) - specimens} of {len(seeds)} specimens already", file=sys.stderr)
+    if more := surplus(directory, seeds):
+        print(
+            f"warning: {directory} also has {len(more)} specimens that were not asked for, {more[0]}-{more[-1]}, and "
+            "whoever reads it takes them, too; for these alone choose another directory",
+            file=sys.stderr,
+        )
     if not todo:
         return
     size = specimens * plan.images_each * GRID_PX**2 * 2

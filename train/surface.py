@@ -13,6 +13,9 @@ their alpha shape, the union of the Delaunay triangles whose circumcircle is sma
 columns come from the atomic model (`Images.columns`), where the paper takes those seen in
 the noiseless image: so the noiseless image itself can be scored, which shows how much the
 detector sees at best. The same rule says for true and found columns which lie on the surface.
+What was found belongs to the particle when the nearest true column does: the measure knows where the
+particle is, so even blobs at random places score something, and `Surface.chance` says how much.
+The `surface` that shards hold is another one, by neighbours in the atomic model; contact sheets alone show it.
 
 Lengths are in pixels of 6.2 pm, the paper's; `pixel_pm` scales them to other pixels.
 Positions are (x, y) [px], x to the right, y down, (0, 0) the centre of the first pixel.
@@ -41,6 +44,7 @@ MIN_RADIUS_PX = 9.0
 # 39 px, which the paper's 40 px would close.
 ALPHA_PX = 34.0
 MATCH_PX = 10.0
+CHANCE_SEED = 41
 BORDER_PX = 45.0  # a boundary nearer to the frame's edge than one spacing is the frame's, not a surface
 
 
@@ -167,20 +171,25 @@ class Surface:
         bright = columns_are_bright(clean, images.parameters[index].get("contrast"))
         return cls(images.columns(index, clean.shape[0]), clean.shape, bright=bright)
 
-    def found(self, image: np.ndarray) -> np.ndarray:
-        """Surface columns (N, 2) seen in an image (H, W) in electrons, 0.45 in vacuum.
-
-        What was found belongs to the particle when the nearest true column does.
-        """
-        columns = detect(image, bright=self._bright)[:, :2]
-        if not len(columns):
-            return columns
-        return self._on_surface(columns[self._on_particle[self._tree.query(columns)[1]]])
+    def columns(self, image: np.ndarray) -> np.ndarray:
+        """Columns (N, 2) seen in an image (H, W) in electrons, 0.45 in vacuum."""
+        return detect(image, bright=self._bright)[:, :2]
 
     def score(self, image: np.ndarray, within_px: float = MATCH_PX) -> SurfaceScore:
         """How well an image (H, W) in electrons, 0.45 in vacuum, shows the surface."""
-        found = self.found(image)
-        return SurfaceScore(len(match(found, self.positions, within_px)), len(found), len(self.positions))
+        return self.score_columns(self.columns(image), within_px)
+
+    def score_columns(self, columns: np.ndarray, within_px: float = MATCH_PX) -> SurfaceScore:
+        """How well `columns` (N, 2) seen in an image show the surface."""
+        if len(columns):
+            columns = self._on_surface(columns[self._on_particle[self._tree.query(columns)[1]]])
+        matched = len(match(columns, self.positions, within_px))
+        return SurfaceScore(matched, len(columns), len(self.positions))
+
+    def chance(self, number: int) -> SurfaceScore:
+        """What `number` columns at random places of the frame score, the same ones each time."""
+        places = np.random.default_rng(CHANCE_SEED).uniform(size=(number, 2))
+        return self.score_columns(places * (np.array(self._shape[::-1]) - 1))
 
     def _on_surface(self, particle: np.ndarray) -> np.ndarray:
         """Those of the particle's columns (N, 2) that face vacuum: the true support covers its underside.

@@ -1,5 +1,7 @@
 """Movies on disk, read and written frame by frame: .npy, .tif, .h5 and .mrc.
 
+Others are read only: .ser, .emd, and .dm3, .dm4 and more with the optional package of `rosetta`.
+
 ::
 
     with open_movie("run7.mrc") as movie:
@@ -27,8 +29,9 @@ from numpy.typing import DTypeLike
 from emstream.errors import FileFormatError
 from emstream.frame import PIXEL_TYPES
 from emstream.movies.movie import Movie
+from emstream.movies.rosetta import READERS
 
-__all__ = ["Movie", "check_output", "open_movie", "save_movie"]
+__all__ = ["READABLE", "Movie", "check_output", "open_movie", "save_movie"]
 
 SUFFIXES = {
     ".npy": "npy",
@@ -38,6 +41,9 @@ SUFFIXES = {
     ".hdf5": "hdf5",
     ".mrc": "mrc",
 }
+READ_ONLY = {".ser": "ser", ".emd": "emd", **dict.fromkeys(READERS, "rosetta")}
+READABLE = tuple(SUFFIXES | READ_ONLY)
+"""Suffixes of what `open_movie` takes."""
 
 
 def open_movie(path: str | Path, dataset: str | None = None) -> Movie:
@@ -45,13 +51,13 @@ def open_movie(path: str | Path, dataset: str | None = None) -> Movie:
 
     `dataset` chooses among several in one file: an HDF5 dataset's name, a TIFF series' number.
     Without it, an HDF5 file must hold one numeric 2-D or 3-D dataset, or one of the name movie,
-    frames, data or images.
+    frames, data or images, or name a NeXus default, as recordings do: their raw frames.
 
     Raises FileFormatError for a file that is missing, corrupt, cut short, empty, of an unknown
     suffix, or not of single-channel real numbers.
     """
     path = Path(path)
-    form = _format(path)
+    form = _format(path, SUFFIXES | READ_ONLY)
     if not path.exists():
         raise FileFormatError(f"{path} does not exist; is the path right?")
     if not path.is_file():
@@ -112,7 +118,7 @@ def save_movie(
     part = path.with_name(f".emstream-{secrets.token_hex(8)}.part")
     pending = _checked(frames, shape, dtype)
     try:
-        _format(path).write(part, path, pending, shape[1:] if as_image else shape, dtype, about)
+        _format(path, SUFFIXES).write(part, path, pending, shape[1:] if as_image else shape, dtype, about)
         for _ in pending:  # a format may stop at the last frame; one too many raises here
             pass
         part.replace(path)
@@ -125,7 +131,7 @@ def save_movie(
 
 def check_output(path: Path, overwrite: bool = False) -> None:
     """Raise FileFormatError for a path that `save_movie` would refuse."""
-    _format(path)
+    _format(path, SUFFIXES)
     if not path.parent.is_dir():
         raise FileFormatError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
     if path.is_dir():
@@ -134,11 +140,11 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         raise FileFormatError(f"{path} exists already; choose another name or allow it to be overwritten")
 
 
-def _format(path: Path) -> ModuleType:
+def _format(path: Path, known: Mapping[str, str]) -> ModuleType:
     """The module for a path's suffix; only the library of that one format is imported."""
-    name = SUFFIXES.get(path.suffix.lower())
+    name = known.get(path.suffix.lower())
     if name is None:
-        raise FileFormatError(f"{path}: the suffix must be one of {', '.join(SUFFIXES)}, got {path.suffix!r}")
+        raise FileFormatError(f"{path}: the suffix must be one of {', '.join(known)}, got {path.suffix!r}")
     return importlib.import_module(f"emstream.movies.{name}")
 
 

@@ -70,6 +70,8 @@ def _named(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
 
 
 def _only(path: Path, file: h5py.File) -> h5py.Dataset:
+    if (default := _default(file)) is not None:
+        return default
     datasets = _datasets(file)
     candidates = [one for one in datasets if one.dtype.kind in "buif" and one.shape and one.ndim in (2, 3)]
     if len(candidates) > 1:
@@ -82,6 +84,14 @@ def _only(path: Path, file: h5py.File) -> h5py.Dataset:
     if not candidates:
         raise FileFormatError(f"{path} holds no numeric 2-D or 3-D dataset, only {_listing(datasets)}")
     return candidates[0]
+
+
+def _default(file: h5py.File) -> h5py.Dataset | None:
+    """What a NeXus file says should be shown first."""
+    item = file
+    for name in ("default", "default", "signal"):
+        item = item.get(str(item.attrs.get(name))) if isinstance(item, h5py.Group) else None
+    return item if isinstance(item, h5py.Dataset) else None
 
 
 def _check_filters(path: Path, array: h5py.Dataset) -> None:

@@ -2,7 +2,8 @@
 
 Options: ``rate`` [frames/s] (by default as fast as they are taken), ``loop=true`` to begin
 again at the end, ``first`` and ``last`` frame (both included), ``dataset`` within the file.
-``file://movie.npy`` is relative to the working folder.
+``file://movie.npy`` is relative to the working folder. A recording of `emstream record` is
+replayed: `emstream.sources.replay`.
 
 Without a rate the file waits for the engine and loses nothing; with one it is a camera
 like any other, and loses what the engine cannot keep up with, unless ``--overrun block``.
@@ -22,15 +23,18 @@ import numpy as np
 from emstream import wire
 from emstream.errors import FileFormatError, SourceError
 from emstream.frame import FrameHeader, now_ns
-from emstream.intake import Intake
+from emstream.intake import Intake, Source
 from emstream.movies import Movie, open_movie
-from emstream.sources import Url, wait_until
+from emstream.recording import is_recording
+from emstream.sources import Url, replay, wait_until
 
 
-def from_url(url: Url) -> FileSource:
-    url.expect("rate", "loop", "first", "last", "dataset")
+def from_url(url: Url) -> Source:
     if not url.path:
         raise ValueError(f"--input {url.text!r}: expected file:///PATH or file://PATH")
+    if "dataset" not in url.options and is_recording(Path(url.path)):
+        return replay.from_url(url)
+    url.expect("rate", "loop", "first", "last", "dataset")
     given = url.options
     return FileSource(
         Path(url.path),

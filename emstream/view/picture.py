@@ -1,21 +1,29 @@
-"""Frames -> what a browser shows: averaged down, contrast by percentiles, 8 bit. Once per frame, not per viewer."""
+"""Pairs -> what a browser shows: cut, averaged down, contrast, 8 bit. Once for all who ask for the same."""
 
 from __future__ import annotations
 
 import itertools
-import math
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from emstream import wire
 from emstream.frame import Frame
-from emstream.view.receiver import STAGES, Pair, numbers
+from emstream.view.average import RunningAverage
+from emstream.view.pair import Pair
+from emstream.view.receiver import STAGES
+from emstream.view.request import MOST_AVERAGED, Contrast, Request
+from emstream.view.scale import Scale, grey, histogram, sample
+from emstream.view.shrink import cut, region_of
+from emstream.view.spectrum import spectrum
 
-SHOWN_PX = 1024  # frames much larger than this are averaged down to about this side
-PERCENTILES = (0.5, 99.5)  # what is shown black and white
-_SCALE_FOLLOWS_NS = 300_000_000
-_SAMPLE_PX = 50_000  # enough for a percentile that the eye cannot tell from the exact one
+_HISTOGRAM_PERCENTILES = (0.02, 99.98)
+_SPECTRUM_PERCENTILES = (40.0, 99.95)
+_MOST_SCALES = 64
+_MOST_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,104 +33,108 @@ class Picture:
     pair: Pair
     header: dict[str, Any]
     pixels: bytes
-    """raw, then denoised: uint8 (h, w) each"""
+    """uint8 (h, w) of each of the header's ``pictures``, one after another"""
 
 
 class Painter:
-    """Turns pairs into pictures, in order; the grey scales follow the frames smoothly."""
+    """Turns pairs into pictures, in order; the scales follow the frames smoothly."""
 
     def __init__(self) -> None:
         self._series: tuple[Any, ...] | None = None
-        self._raw, self._denoised = Scale(), Scale()
+        self._scales: dict[tuple[str, tuple[float, float]], Scale] = {}
+        self._averages: dict[int, RunningAverage] = {}
+        self._painted: dict[tuple[int, Request], Picture] = {}
+        self._lock = threading.Lock()  # a viewer who leaves does not take the thread along that paints for it
 
-    def paint(self, pair: Pair) -> Picture:
-        header = pair.raw.header
-        series = (header.source, header.series, header.shape)
-        if series != self._series:
-            self._series, self._raw, self._denoised = series, Scale(), Scale()
-        raw, denoised = shrink(pair.raw.data), shrink(pair.denoised.data)
-        self._raw.follow(raw, pair.arrived_ns)
-        self._denoised.follow(denoised, pair.arrived_ns)
-        extra = pair.denoised.header.extra
-        in_domain = extra.get("in_domain")
-        facts = {
-            "source": header.source,
-            "series": header.series,
-            "frame": header.frame,
-            "frame_shape": header.shape,
-            "shape": raw.shape,
-            "units": header.units,
-            "dose": numbers(extra, ["dose"]).get("dose"),
-            "in_domain": in_domain if isinstance(in_domain, bool) else None,
-            "latency_ms": _latency_ms(pair.denoised),
-            "raw": {"low": self._raw.low, "high": self._raw.high},
-            "denoised": {"low": self._denoised.low, "high": self._denoised.high},
+    def paint(self, pairs: Sequence[Pair], request: Request) -> Picture:
+        """The last of `pairs` as `request` wants it; those before it are there to be averaged."""
+        with self._lock:
+            found = self._painted.get((pairs[-1].key, request))
+            if found is None or found.pair is not pairs[-1]:
+                found = self._paint(pairs, request)
+                self._painted[pairs[-1].key, request] = found
+                if len(self._painted) > _MOST_KEPT:
+                    del self._painted[next(iter(self._painted))]
+            return found
+
+    def _paint(self, pairs: Sequence[Pair], request: Request) -> Picture:
+        pair = pairs[-1]
+        if pair.series != self._series or len(self._scales) > _MOST_SCALES:
+            self._series, self._scales, self._averages = pair.series, {}, {}
+        raw, averaged = pair.raw.data, 1
+        if request.average > 1:
+            raw, averaged = self._average(pairs, request.average)
+        step = 1 / averaged if pair.raw.data.dtype.kind in "iu" else 0.0
+        painted = [
+            *self._paint_side("raw", raw, request, pair, step),
+            *self._paint_side("denoised", pair.denoised.data, request, pair, 0.0),
+        ]
+        header = {**facts(pair), "averaged": averaged, "pictures": [about for about, _ in painted]}
+        return Picture(pair, header, b"".join(pixels for _, pixels in painted))
+
+    def _paint_side(
+        self, side: str, image: np.ndarray, request: Request, pair: Pair, step: float
+    ) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """What is said about each picture of a side, and its pixels; values of `image` are multiples of `step`."""
+        # An average has a contrast of its own: it is that of a calmer picture.
+        kind = f"{side}/{request.average}" if side == "raw" else side
+        shown, region = cut(image, request)
+        values = sample(image)
+        low, high = self._contrast(kind, request.contrast(side), values, pair)
+        ends = self._contrast(kind, ("percentiles", *_HISTOGRAM_PERCENTILES), values, pair)
+        about = {"name": side, "shape": shown.shape, "region": region, "low": low, "high": high}
+        about["histogram"] = histogram(values, *ends, step)
+        yield about, grey(shown, low, high).tobytes()
+        if side not in request.spectra:
+            return
+        top, left, height, width = region_of(image.shape, request)
+        power = spectrum(image[top : top + height, left : left + width], request.halvings)
+        kind = f"{kind} spectrum"
+        low, high = self._contrast(kind, ("percentiles", *_SPECTRUM_PERCENTILES), sample(power), pair)
+        about = {"name": f"{side}-spectrum", "shape": power.shape, "low": low, "high": high}
+        yield {**about, "halvings": request.halvings}, grey(power, low, high).tobytes()
+
+    def _average(self, pairs: Sequence[Pair], frames: int) -> tuple[np.ndarray, int]:
+        # One that nobody looks at any more must not keep its frames.
+        newest = pairs[-1].key
+        self._averages = {
+            n: each for n, each in self._averages.items() if newest - each.last_key < MOST_AVERAGED
         }
-        return Picture(pair, facts, self._raw.grey(raw).tobytes() + self._denoised.grey(denoised).tobytes())
+        return self._averages.setdefault(frames, RunningAverage()).of(pairs, frames)
+
+    def _contrast(self, kind: str, contrast: Contrast, values: np.ndarray, pair: Pair) -> tuple[float, float]:
+        """(low, high) of one side; those by percentiles follow the frames."""
+        way, low, high = contrast
+        if way == "values":
+            return low, high
+        scale = self._scales.setdefault((kind, (low, high)), Scale((low, high)))
+        scale.follow(values, pair.arrived_ns)
+        return scale.low, scale.high
 
 
-class Scale:
-    """Which value is shown black and which white."""
-
-    def __init__(self) -> None:
-        self.low = self.high = math.nan
-        self._followed_ns: int | None = None
-
-    def follow(self, image: np.ndarray, at_ns: int) -> None:
-        """Move towards the image's percentiles, so slowly that one frame's noise makes no flicker."""
-        low, high = _percentiles(image)
-        if self._followed_ns is None:
-            self.low, self.high = low, high
-        else:
-            weight = -math.expm1((self._followed_ns - at_ns) / _SCALE_FOLLOWS_NS)
-            self.low += weight * (low - self.low)
-            self.high += weight * (high - self.high)
-        self._followed_ns = at_ns
-
-    @np.errstate(over="ignore", invalid="ignore")  # an engine may put out anything
-    def grey(self, image: np.ndarray) -> np.ndarray:
-        """`image` as uint8: `low` and what lies below is 0, `high` and what lies above 255."""
-        grey = image.astype(np.float32)
-        grey -= self.low
-        grey *= 255 / (self.high - self.low)
-        np.rint(grey, out=grey)
-        np.clip(grey, 0, 255, out=grey)
-        return grey.astype(np.uint8)
+def facts(pair: Pair) -> dict[str, Any]:
+    """What the page says about a pair."""
+    header, extra = pair.raw.header, pair.denoised.header.extra
+    in_domain = extra.get("in_domain")
+    return {
+        "key": pair.key,
+        "source": header.source,
+        "series": header.series,
+        "frame": header.frame,
+        "frame_shape": header.shape,
+        "pixel_size_m": header.pixel_size_m,
+        "exposure_s": header.exposure_s,
+        "units": header.units,
+        "dose": wire.numbers(extra, ["dose"]).get("dose"),
+        "in_domain": in_domain if isinstance(in_domain, bool) else None,
+        "latency_ms": _latency_ms(pair),
+    }
 
 
-@np.errstate(over="ignore", invalid="ignore")
-def shrink(image: np.ndarray) -> np.ndarray:
-    """Average squares of pixels into one, so that the sides come out at about SHOWN_PX or less.
-
-    Rows and columns at the end that fill no square are left out.
-    """
-    factor = min(max(1, round(max(image.shape) / SHOWN_PX)), *image.shape)
-    if factor == 1:
-        return image
-    rows, columns = (length // factor * factor for length in image.shape)
-    total = np.zeros((rows // factor, columns // factor), np.float32)
-    for row in range(factor):  # strided sums: four times faster than mean() over a reshaped view
-        for column in range(factor):
-            total += image[row:rows:factor, column:columns:factor]
-    total /= factor**2
-    return total
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def _percentiles(image: np.ndarray) -> tuple[float, float]:
-    step = (image.size // _SAMPLE_PX) | 1  # odd, so as not to fall in step with the rows
-    sample = image.reshape(-1)[::step].astype(np.float32)
-    sample = sample[np.isfinite(sample)]
-    if not sample.size:
-        return 0.0, 1.0
-    low, high = (float(value) for value in np.percentile(sample.astype(np.float64), PERCENTILES))
-    magnitude = max(1.0, abs(low))
-    return low, high if high - low > 1e-6 * magnitude else low + magnitude
-
-
-def _latency_ms(frame: Frame) -> dict[str, float]:
+def _latency_ms(pair: Pair) -> dict[str, float]:
     """The frame's own latencies [ms], named as the ledger names them."""
-    at_ns = numbers(frame.header.extra.get("stages_ns"), STAGES)
+    frame: Frame = pair.denoised
+    at_ns = wire.numbers(frame.header.extra.get("stages_ns"), STAGES)
     if len(at_ns) < len(STAGES):
         return {}
     spans = [*itertools.pairwise(STAGES), (STAGES[0], STAGES[-1])]

@@ -1,13 +1,12 @@
-"""Subscribes to a running emstream and keeps the newest pair: what the camera sent, what the engine made of it."""
+"""Subscribes to a running emstream and keeps the last pairs: what the camera sent, what the engine made of it."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -16,39 +15,41 @@ from emstream import client, wire
 from emstream.errors import MalformedFrame, SourceError
 from emstream.frame import Frame, now_ns
 from emstream.publish import DENOISED, RAW, STATS
+from emstream.view.history import History
+from emstream.view.pair import Pair
 
 QUIET_NS = 2_000_000_000  # without a frame for this long, the page says so
 _SILENT_NS = 3_000_000_000  # `emstream serve` says something every second
 _RATE_SPAN_NS = 2_000_000_000
 _POLL_MS = 100  # how soon a stop is noticed
 STAGES = ("received", "batched", "inferred", "published")
-_COUNTERS = ("received", "published", "dropped", "rejected", "failed", "in_flight", "missing")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """What the camera sent and what the engine made of it."""
-
-    raw: Frame
-    denoised: Frame
-    arrived_ns: int
+FAULTS = ("dropped", "rejected", "failed", "missing")
+_COUNTERS = ("received", "published", "in_flight", *FAULTS)
+_PERCENTILES = ("p50", "p99", "max")
 
 
 class Receiver:
-    """Keeps the newest pair of a running emstream. One thread writes, any thread reads."""
+    """Keeps the last pairs of a running emstream. One thread writes, any thread reads."""
 
     def __init__(self, endpoint: str, on_pair: Callable[[], None] = lambda: None) -> None:
         self.endpoint = endpoint
-        self.newest: Pair | None = None
+        self.history = History()
         self._on_pair = on_pair
         self._raw: Frame | None = None
         self._heard_ns: int | None = None
         self._ledger: dict[str, float] = {}
         self._engine: dict[str, str] = {}
+        self._percentiles_ms: dict[str, float] = {}
+        self._faults: float | None = None
+        self._keys = itertools.count(1)
         self._published: deque[tuple[int, int]] = deque()
         self._frames_per_s: float | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def newest(self) -> Pair | None:
+        return self.history.newest
 
     def start(self) -> None:
         """Subscribe, and receive in a thread. An emstream that is not there yet is waited for."""
@@ -84,6 +85,7 @@ class Receiver:
             "quiet_s": None if quiet_ns is None else round(quiet_ns / 1e9, 1),
             "frames_per_s": 0.0 if quiet else self._frames_per_s,
             "ledger": self._ledger,
+            "latency_so_far_ms": self._percentiles_ms,
             "engine": self._engine,
         }
 
@@ -99,7 +101,9 @@ class Receiver:
     def _receive(self, parts: list[zmq.Frame]) -> None:
         self._heard_ns = now_ns()
         if parts[0].bytes == STATS and len(parts) > 1:
-            self._note(wire.unpack(parts[1].bytes))
+            message = wire.unpack(parts[1].bytes)
+            self._note(message)
+            self._percentiles_ms = wire.numbers(message.get("latency_ms"), _PERCENTILES)
             return
         frame, _ = client.read(parts)
         if frame is None:
@@ -111,11 +115,18 @@ class Receiver:
         self._note_rate(frame)
         # The raw frame is published just before its denoised one.
         if self._raw is not None and _identity(self._raw) == _identity(frame):
-            self.newest = Pair(self._raw, frame, self._heard_ns)
+            pair = Pair(self._raw, frame, self._heard_ns, next(self._keys), self._is_faulty(frame))
+            self.history.add(pair)
             self._on_pair()
 
+    def _is_faulty(self, frame: Frame) -> bool:
+        """Whether this frame is outside the domain, or the first to tell of a frame that went wrong."""
+        before, self._faults = self._faults, sum(self._ledger.get(name, 0) for name in FAULTS)
+        risen = before is not None and self._faults > before
+        return risen or frame.header.extra.get("in_domain") is False
+
     def _note(self, message: dict[str, Any]) -> None:
-        self._ledger = numbers(message.get("ledger"), _COUNTERS) or self._ledger
+        self._ledger = wire.numbers(message.get("ledger"), _COUNTERS) or self._ledger
         engine = message.get("engine")
         if isinstance(engine, dict):
             self._engine = {
@@ -126,7 +137,7 @@ class Receiver:
 
     def _note_rate(self, frame: Frame) -> None:
         """Frames per second that were published, whether or not they came here."""
-        published_ns = numbers(frame.header.extra.get("stages_ns"), STAGES).get("published")
+        published_ns = wire.numbers(frame.header.extra.get("stages_ns"), STAGES).get("published")
         published = self._ledger.get("published")
         if published_ns is None or published is None:
             return
@@ -143,15 +154,3 @@ class Receiver:
 def _identity(frame: Frame) -> tuple[Any, ...]:
     header = frame.header
     return header.source, header.series, header.frame, header.shape
-
-
-def numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
-    """The finite numbers among `names` in a map from the wire, which may be anything."""
-    if not isinstance(message, dict):
-        return {}
-    values = {name: message.get(name) for name in names}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }

@@ -2,19 +2,23 @@
 
 ::
 
-    emstream serve ──▶ Receiver ──▶ newest pair ──▶ Painter ──▶ picture ──▶ /live, one per viewer
-      (ZeroMQ)         (thread)                     (once per frame)       (asyncio thread)
+    emstream serve ──▶ Receiver ──▶ History ──▶ Painter ──▶ picture ──▶ /live, one per viewer
+      (ZeroMQ)         (thread)    (10 s)      (once per request)      (asyncio thread)
 
 A viewer is sent the newest pair, and the next one only after it has acknowledged the
 last: a slow viewer skips frames, never lags behind, and holds nobody up.
 
 A message on /live is binary::
 
-    [length of header, 4 bytes, little endian][header, JSON][raw, uint8 (h, w)][denoised, uint8 (h, w)]
+    [length of header, 4 bytes, little endian][header, JSON][pixels, uint8 (h, w) of each picture]
 
-The header always has the keys of `Receiver.status`. Those of `Picture.header` and the
-pixels come only with a pair that this viewer has not been shown; ``shape`` is their (h, w).
-Any message from the viewer is the acknowledgement.
+The header always has the keys of `Receiver.status`, ``history``, what the viewer may step back
+through, and ``asked``, the requests heard from it so far. Those of `Picture.header` and the pixels
+come only with a pair that this viewer has not been shown as it wants it; ``pictures`` says in which
+order, with shape, region, contrast and histogram of each. A viewer sends the word ``shown``, the
+acknowledgement, or a `Request` as JSON.
+
+``/header.json?key=`` and ``/snapshot.tif?key=`` are a pair with all it came with.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import errno
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from types import TracebackType
 from typing import Any
@@ -33,29 +37,38 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from emstream.errors import OutputError, SourceError
+from emstream.view import snapshot
+from emstream.view.door import Door, in_url, public_name, token_for
+from emstream.view.history import extent
+from emstream.view.pair import Pair
 from emstream.view.picture import Painter, Picture
 from emstream.view.receiver import Receiver
+from emstream.view.request import Request
+from emstream.view.viewer import Viewer
 
 _STATUS_EVERY_S = 0.5
+_PICTURES_PER_S = 30.0  # to each viewer; more an eye cannot tell
 _START_S = 10.0
+_SCRIPTS = ("page", "live", "stage", "side", "colours", "readout", "timeline", "snapshot", "keys", "text")
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript") for name in _SCRIPTS},
 }
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": ("default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"),
+    "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_ANY_ADDRESS = ("", "0.0.0.0", "::")
+_FILE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_NOT_KEPT = "this frame is no longer kept; pause first, then save"
 
 
 class ViewServer:
@@ -67,29 +80,32 @@ class ViewServer:
             print(view.url)
 
     Only browsers that ask for the page by a loopback name or by `host` are answered, and
-    only the page itself may open /live: other sites' pages stay out. Port 0 picks a free one.
+    only the page itself may open /live: other sites' pages stay out. A `host` that other machines
+    can reach asks for a token, which is part of `url`. Port 0 picks a free one.
     """
 
-    def __init__(self, input_endpoint: str, host: str = "127.0.0.1", port: int = 8080) -> None:
+    def __init__(
+        self, input_endpoint: str, host: str = "127.0.0.1", port: int = 8080, token: str | None = None
+    ) -> None:
         if not 0 <= port <= 65535:
             raise ValueError(f"port must lie in 0-65535, got {port}")
-        self.host, self.port = host, port
+        self.host, self.port, self.token = host, port, token_for(host, token)
         self._receiver = Receiver(input_endpoint, self._on_pair)
         self._painter = Painter()
-        self._picture: Picture | None = None
-        self._viewers = 0
+        self._viewers: set[Viewer] = set()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         # Set when the event loop runs, and of use in its thread only.
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._news: asyncio.Event
         self._painting: asyncio.Lock
 
     @property
     def url(self) -> str:
         """What to open in a browser; with port 0 it is known once the server has started."""
-        return f"http://{'localhost' if self.host in _ANY_ADDRESS else _in_url(self.host)}:{self.port}/"
+        return f"http://{public_name(self.host)}:{self.port}/" + (
+            f"?token={self.token}" if self.token else ""
+        )
 
     def start(self) -> None:
         """Serve until `stop`. Raises OutputError, with nothing started, when the address cannot be had."""
@@ -149,65 +165,95 @@ class ViewServer:
             self._ready.set()
 
     def _app(self) -> Starlette:
-        hosts = {"localhost", "127.0.0.1", "[::1]", _in_url(self.host)}
-        if self.host in _ANY_ADDRESS:
-            hosts.add(socket.gethostname())
         page = [Route(path, _static(name, kind)) for path, (name, kind) in _PAGE.items()]
         return Starlette(
-            routes=[*page, WebSocketRoute("/live", self._live)],
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=sorted(hosts), www_redirect=False)],
+            routes=[
+                *page,
+                Route("/header.json", self._header),
+                Route("/snapshot.tif", self._tiff),
+                WebSocketRoute("/live", self._live),
+            ],
+            middleware=[Middleware(Door, host=self.host, token=self.token)],
             lifespan=self._lifespan,
         )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._news, self._painting = asyncio.Event(), asyncio.Lock()
+        self._painting = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._ready.set()
         yield
 
     # -- one viewer ---------------------------------------------------------
 
-    async def _live(self, viewer: WebSocket) -> None:
-        if not _is_same_origin(viewer):
-            await viewer.close()
+    async def _live(self, browser: WebSocket) -> None:
+        if not _is_same_origin(browser):
+            await browser.close()
             return
-        await viewer.accept()
-        self._viewers += 1
+        await browser.accept()
+        viewer = Viewer()
+        self._viewers.add(viewer)
+        both = [
+            asyncio.create_task(each) for each in (self._hear(viewer, browser), self._show(viewer, browser))
+        ]
         try:
-            await self._show(viewer)
+            done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         except WebSocketDisconnect:
             pass
+        except ValueError as error:
+            await browser.close(1008, str(error)[:120])
         finally:
-            self._viewers -= 1
+            self._viewers.discard(viewer)
+            self._receiver.history.release(viewer)
+            for task in both:
+                task.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
 
-    async def _show(self, viewer: WebSocket) -> None:
-        shown: Picture | None = None
+    async def _hear(self, viewer: Viewer, browser: WebSocket) -> None:
         while True:
-            picture = await self._newest_picture()
-            if picture is None or picture is shown:
-                await viewer.send_bytes(_message(self._receiver.status()))
-            else:
-                await viewer.send_bytes(_message(self._receiver.status() | picture.header, picture.pixels))
-                shown = picture
-            if (await viewer.receive())["type"] == "websocket.disconnect":
+            was_live = viewer.is_live
+            message = await browser.receive()
+            if message["type"] == "websocket.disconnect":
                 return
-            await self._wait_for_news(shown)
+            viewer.hear(message.get("text") or "")
+            if was_live and not viewer.is_live:
+                self._receiver.history.hold(viewer)
+            elif viewer.is_live:
+                self._receiver.history.release(viewer)
 
-    async def _newest_picture(self) -> Picture | None:
-        """The newest pair's picture, painted by the first viewer who asks for it."""
+    async def _show(self, viewer: Viewer, browser: WebSocket) -> None:
+        while True:
+            request, past = viewer.request, self._past(viewer)
+            message = self._receiver.status() | {
+                "history": extent(self._receiver.history.of(viewer)),
+                "asked": viewer.asked,
+            }
+            if past and viewer.wants(past[-1]):
+                picture = await self._painted(past, request)
+                await browser.send_bytes(_message(message | picture.header, picture.pixels))
+                viewer.note_shown(picture.pair, request)
+            else:
+                await browser.send_bytes(_message(message))
+            earliest = asyncio.sleep(1 / _PICTURES_PER_S)
+            await asyncio.gather(viewer.acknowledged(), earliest)
+            past = self._past(viewer)
+            if not past or not viewer.wants(past[-1]):
+                await viewer.news(_STATUS_EVERY_S)
+
+    def _past(self, viewer: Viewer) -> Sequence[Pair]:
+        """The pair that `viewer` is to be shown, last, and those before it, as far as they are kept."""
+        history, key = self._receiver.history, viewer.request.at
+        pairs = history.of(viewer)
+        if key is None or not pairs:
+            return pairs
+        return history.find(key) or ((viewer.shown,) if viewer.shown else pairs[:1])
+
+    async def _painted(self, past: Sequence[Pair], request: Request) -> Picture:
+        """One picture at a time is painted, and none in the event loop's thread."""
         async with self._painting:
-            pair = self._receiver.newest
-            if pair is not None and (self._picture is None or self._picture.pair is not pair):
-                self._picture = await asyncio.to_thread(self._painter.paint, pair)
-            return self._picture
-
-    async def _wait_for_news(self, shown: Picture | None) -> None:
-        """Until there is a newer pair, or it is time for a status."""
-        news = self._news
-        if self._receiver.newest is (shown.pair if shown else None):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), _STATUS_EVERY_S)
+            return await asyncio.to_thread(self._painter.paint, past, request)
 
     def _on_pair(self) -> None:
         """In the receiver's thread."""
@@ -215,8 +261,39 @@ class ViewServer:
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        for viewer in self._viewers:
+            if viewer.is_live:
+                viewer.wake()
+
+    # -- files ----------------------------------------------------------------
+
+    async def _header(self, request: HttpRequest) -> Response:
+        pair = self._asked_for(request)
+        if pair is None:
+            return PlainTextResponse(_NOT_KEPT, 404)
+        return JSONResponse(
+            snapshot.header_of(pair) | {"name": snapshot.name_of(pair)}, headers=_FILE_HEADERS
+        )
+
+    async def _tiff(self, request: HttpRequest) -> Response:
+        pair = self._asked_for(request)
+        if pair is None:
+            return PlainTextResponse(_NOT_KEPT, 404)
+        name = f'attachment; filename="{snapshot.name_of(pair)}.tif"'
+        content = await asyncio.to_thread(snapshot.tiff, pair)
+        return Response(
+            content, media_type="image/tiff", headers={**_FILE_HEADERS, "Content-Disposition": name}
+        )
+
+    def _asked_for(self, request: HttpRequest) -> Pair | None:
+        """The pair of a request's ``key``, as long as it is kept or on somebody's screen."""
+        asked = request.query_params.get("key", "")
+        if not asked.isascii() or not asked.isdecimal():
+            return None
+        if found := self._receiver.history.find(int(asked)):
+            return found[-1]
+        shown = (viewer.shown for viewer in self._viewers if viewer.shown)
+        return next((pair for pair in shown if pair.key == int(asked)), None)
 
 
 def _message(header: dict[str, Any], pixels: bytes = b"") -> bytes:
@@ -230,13 +307,13 @@ def _is_same_origin(viewer: WebSocket) -> bool:
     return viewer.headers.get("origin", "").lower() in (f"http://{host}", f"https://{host}")
 
 
-def _static(name: str, kind: str) -> Callable[[Request], Response]:
+def _static(name: str, kind: str) -> Callable[[HttpRequest], Response]:
     content = (files("emstream.view") / name).read_bytes()
-    return lambda request: Response(content, media_type=kind, headers=_PAGE_HEADERS)
+    return lambda http_request: Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    where = f"{_in_url(host)}:{port}"
+    where = f"{in_url(host)}:{port}"
     try:
         addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # A name with both kinds of address, such as localhost, is served on the IPv4 one.
@@ -251,7 +328,3 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot serve the live page on {where}: {error.strerror}; "
             "--host takes a name or an address of this machine"
         ) from None
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -24,6 +24,7 @@ from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.sources import open_source
 from tests.conftest import message
+from tests.recordings import raw, record
 
 SHAPE = (33, 47)
 
@@ -110,12 +111,18 @@ def file(cameras: Cameras, frames: int) -> str:
     return f"file://{path}?rate=2000"
 
 
+def recording(cameras: Cameras, frames: int) -> str:
+    path = cameras.folder / "recording.h5"
+    record(path, [raw(n, shape=SHAPE) for n in range(frames)], compress=False)
+    return f"file://{path}?rate=2000"
+
+
 def simulated(cameras: Cameras, frames: int) -> str:
     return f"sim://?rate=500&height={SHAPE[0]}&width={SHAPE[1]}&frames={frames}"
 
 
 SOURCES: dict[str, Callable[[Cameras, int], str]] = {
-    "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "file": file, "sim": simulated,
+    "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "file": file, "recording": recording, "sim": simulated,
 }  # fmt: skip
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import itertools
 import json
 import shutil
 import subprocess
 import threading
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from websockets.sync.client import ClientConnection, connect
 
 from emstream.inference import IdentityEngine
@@ -29,21 +33,41 @@ FLAGS = (
 )  # fmt: skip
 DEADLINE_S = 30
 SHAPE = (96, 128)
+SCREEN = {"width": 1400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+PIXEL_M = 10e-12
 RED = "rgb(255, 97, 89)"
+
+ABOUT = {"series": 4, "pixel_size_m": PIXEL_M, "timestamp_ns": 1}
 
 # JavaScript
 TEXT_OF = "document.getElementById('%s').textContent"
 NUMBER_OF = "Number(document.getElementById('%s').dataset.value ?? NaN)"
 STATE_IS = "document.body.dataset.state === '%s'"
-# Both canvases as they stand at one moment: no frame is drawn while this runs.
+# Both canvases as they stand at one moment: no frame is drawn while this runs. Of each pixel of the
+# frame that is on them, the colour in its middle.
 CANVASES = """["raw", "denoised"].map((name) => {
     const canvas = document.getElementById(name);
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-    return { ...canvas.dataset, shape: [canvas.height, canvas.width], rgba: Array.from(data) };
+    const [top, left, height, width] = JSON.parse(canvas.dataset.shown);
+    const zoom = canvas.width / width;
+    const rows = [Math.max(0, Math.ceil(top)), Math.min(%d, Math.floor(top + height))];
+    const columns = [Math.max(0, Math.ceil(left)), Math.min(%d, Math.floor(left + width))];
+    const rgb = [];
+    for (let row = rows[0]; row < rows[1]; row++) {
+        const y = Math.floor((row + 0.5 - top) * zoom);
+        for (let column = columns[0]; column < columns[1]; column++) {
+            const at = 4 * (y * canvas.width + Math.floor((column + 0.5 - left) * zoom));
+            rgb.push(data[at], data[at + 1], data[at + 2]);
+        }
+    }
+    return { ...canvas.dataset, rows, columns, zoom, rgb };
 })"""
 BOXES = "['raw', 'denoised'].map((name) => document.getElementById(name).getBoundingClientRect().toJSON())"
 CUT_OFF = """[...document.querySelectorAll("section, .value, .note, dl, figcaption")]
     .filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.outerHTML)"""
+
+PRESS = "dispatchEvent(new KeyboardEvent('keydown', { key: '%s', shiftKey: %s }))"
+SETTLED = "document.body.hasAttribute('data-settled')"
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
@@ -65,6 +89,8 @@ class Tab:
         self._devtools = devtools
         self._ids = itertools.count()
         self._loaded = False
+        self._file = ""
+        self._downloaded: str | None = None
         self.complaints: list[Any] = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
@@ -115,6 +141,38 @@ class Tab:
     def number(self, name: str) -> int:
         return int(self.evaluate(NUMBER_OF % name))
 
+    def press(self, key: str) -> None:
+        self.evaluate(PRESS % (key, "false"))
+
+    def settle(self) -> None:
+        """Wait until what is on the screen is what was asked for last."""
+        self.wait(SETTLED)
+
+    def middle_of(self, name: str) -> tuple[float, float]:
+        box = self.evaluate(f"document.getElementById('{name}').getBoundingClientRect().toJSON()")
+        return box["left"] + box["width"] / 2, box["top"] + box["height"] / 2
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the mouse's button at `start`, move to `end` in a few steps, let go."""
+        steps = [tuple(a + (b - a) * i / 4 for a, b in zip(start, end, strict=True)) for i in range(5)]
+        kinds = ["mousePressed", *["mouseMoved"] * 4, "mouseReleased"]
+        for kind, (x, y) in zip(kinds, [*steps, steps[-1]], strict=True):
+            buttons = 0 if kind == "mouseReleased" else 1
+            self.call(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1
+            )
+
+    def download(self, folder: Path, click: Callable[[], None]) -> Path:
+        """What `click` saves."""
+        self.call(
+            "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), eventsEnabled=True
+        )
+        self._downloaded = None
+        click()
+        while self._downloaded is None:
+            self._hear()
+        return folder / self._downloaded
+
     def style(self, name: str, attribute: str) -> str:
         return str(self.evaluate(f"getComputedStyle(document.getElementById('{name}')).{attribute}"))
 
@@ -125,6 +183,10 @@ class Tab:
             heard.get("method") == "Log.entryAdded" and heard["params"]["entry"]["level"] == "error"
         ):
             self.complaints.append(heard["params"])
+        if heard.get("method") == "Browser.downloadWillBegin":
+            self._file = heard["params"]["suggestedFilename"]
+        if heard.get("method") == "Browser.downloadProgress" and heard["params"]["state"] == "completed":
+            self._downloaded = self._file
         self._loaded |= heard.get("method") == "Page.loadEventFired"
         return heard
 
@@ -175,6 +237,7 @@ def tab(browser: int) -> Iterator[Tab]:
     target = json.loads(client.getresponse().read())
     with connect(target["webSocketDebuggerUrl"], max_size=None, compression=None) as devtools:
         tab = Tab(devtools)
+        tab.call("Emulation.setDeviceMetricsOverride", **SCREEN)
         yield tab
     client.request("GET", f"/json/close/{target['id']}")
     client.getresponse().read()
@@ -208,7 +271,7 @@ class Camera:
 
     def _send(self) -> None:
         while not self._pause.wait(0.025):
-            self._run.camera.send_multipart(message(self._next, counts(self._next, self.dose), series=4))
+            self._run.camera.send_multipart(message(self._next, counts(self._next, self.dose), **ABOUT))
             self._next += 1
 
 
@@ -229,31 +292,61 @@ def view(camera: Camera) -> Iterator[ViewServer]:
         yield view
 
 
-def test_both_canvases_hold_the_pixels_of_one_frame(tab: Tab, view: ViewServer, camera: Camera) -> None:
+@dataclass(frozen=True)
+class Canvas:
+    """What is on one side's canvas: the part of the frame and its colours (h, w, 3)."""
+
+    frame: int
+    rows: slice
+    columns: slice
+    zoom: float
+    scale: dict[str, float]
+    rgb: np.ndarray
+
+    def assert_shows(self, image: np.ndarray) -> None:
+        """Grey, and the very pixels of this part of `image` [electrons]."""
+        assert (self.rgb == self.rgb[..., :1]).all()
+        assert_shows(self.rgb[..., 0], self.scale, image[self.rows, self.columns])
+
+
+def canvases(tab: Tab) -> list[Canvas]:
+    """Raw and denoised."""
+    found = []
+    for side in tab.evaluate(CANVASES % SHAPE):
+        rows, columns = slice(*side["rows"]), slice(*side["columns"])
+        shape = (rows.stop - rows.start, columns.stop - columns.start, 3)
+        scale = {"low": float(side["low"]), "high": float(side["high"])}
+        rgb = np.array(side["rgb"], np.uint8).reshape(shape)
+        found.append(Canvas(int(side["frame"]), rows, columns, side["zoom"], scale, rgb))
+    return found
+
+
+@pytest.fixture
+def page(tab: Tab, view: ViewServer, camera: Camera) -> Tab:
+    """The page with frames coming in."""
     camera.go()
     tab.open(view.url)
-    tab.wait_for_frame_after(5)
-    raw, denoised = tab.evaluate(CANVASES)
-    assert raw["frame"] == denoised["frame"]
-    source = counts(int(raw["frame"]))
+    tab.wait_for_frame_after(2)
+    return tab
+
+
+def test_both_canvases_hold_the_pixels_of_one_frame(page: Tab) -> None:
+    raw, denoised = canvases(page)
+    assert raw.frame == denoised.frame
     for canvas in (raw, denoised):
-        assert canvas["shape"] == list(SHAPE)
-        rgba = np.array(canvas["rgba"], np.uint8).reshape(*SHAPE, 4)
-        assert (rgba[..., 3] == 255).all()
-        assert (rgba[..., 0] == rgba[..., 1]).all()
-        assert (rgba[..., 0] == rgba[..., 2]).all()
-        assert_shows(rgba[..., 0], {"low": float(canvas["low"]), "high": float(canvas["high"])}, source)
-    assert not tab.complaints
+        assert canvas.rgb.shape == (*SHAPE, 3)
+        canvas.assert_shows(counts(raw.frame))
+    assert not page.complaints
 
 
 def test_frames_and_numbers_on_the_page_advance(tab: Tab, view: ViewServer, camera: Camera) -> None:
     camera.go()
     tab.open(view.url)
     first = tab.wait_for_frame_after(-1)
-    before, published = tab.evaluate(CANVASES), tab.number("published")
+    before, published = canvases(tab), tab.number("published")
     tab.wait_for_frame_after(first + 40)
-    for one, other in zip(before, tab.evaluate(CANVASES), strict=True):
-        assert one["rgba"] != other["rgba"]
+    for one, other in zip(before, canvases(tab), strict=True):
+        assert (one.rgb != other.rgb).any()
     tab.wait(f"{NUMBER_OF % 'published'} > {published + 30}")
     tab.wait(f"Number({TEXT_OF % 'rate'}) > 5")
     assert float(tab.text("latency")) > 0
@@ -278,6 +371,16 @@ def test_dose_out_of_range_and_missing_frames_turn_red(tab: Tab, view: ViewServe
     assert tab.style("missing", "color") == tab.style("dose", "color") == RED
     assert tab.style("domain", "backgroundColor") == RED
     assert tab.style("dropped", "color") != RED
+    assert tab.style("mark", "backgroundColor") == RED
+    assert tab.text("mark").startswith("3 missing, dose outside the engine's range")
+    assert tab.evaluate("Number(document.getElementById('track').dataset.faults)") > 0
+    tab.evaluate("document.getElementById('mark').click()")
+    assert tab.style("mark", "backgroundColor") != RED
+    camera.pause()
+    camera.skip(1)
+    camera.go()
+    tab.wait(f"{TEXT_OF % 'mark'}.startsWith('4 missing')")
+    assert tab.style("mark", "backgroundColor") == RED
 
 
 def test_page_says_that_it_waits_and_that_frames_have_stopped(
@@ -325,8 +428,290 @@ def test_page_fits_screens_of_all_sizes(
     tab.wait_for_frame_after(0)
     raw, denoised = tab.evaluate(BOXES)
     assert (denoised["top"] >= raw["bottom"]) is stacked
-    assert raw["width"] / raw["height"] == pytest.approx(SHAPE[1] / SHAPE[0], rel=0.01)
+    assert (raw["width"], raw["height"]) == pytest.approx((denoised["width"], denoised["height"]), abs=0.1)
+    assert min(raw["width"], raw["height"]) > 200
+    shown = canvases(tab)
+    assert [canvas.rgb.shape for canvas in shown] == [(*SHAPE, 3)] * 2
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     if width > 640:
         assert tab.evaluate("document.documentElement.scrollHeight <= innerHeight")
     assert tab.evaluate(CUT_OFF) == []
+
+
+# -- what the operator does -----------------------------------------------------------
+
+
+def stand_still(page: Tab) -> int:
+    """Pause; the number of the frame that stays."""
+    page.press(" ")
+    page.wait("document.body.classList.contains('paused')")
+    page.settle()
+    return page.number("frame")
+
+
+def test_wheel_zooms_both_sides_at_the_pointer_and_every_pixel_stays_right(page: Tab) -> None:
+    (before, _) = canvases(page)
+    x, y = page.middle_of("denoised")
+    for _ in range(12):
+        page.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=-100)
+    page.settle()
+    raw, denoised = canvases(page)
+    assert raw.zoom > 4 * before.zoom
+    assert (raw.rows, raw.columns) == (denoised.rows, denoised.columns)
+    assert raw.rows.start > 0
+    assert raw.columns.stop < SHAPE[1]
+    for canvas in (raw, denoised):
+        canvas.assert_shows(counts(canvas.frame))
+    page.press("0")
+    page.settle()
+    assert canvases(page)[0].rgb.shape == (*SHAPE, 3)
+
+
+def test_drag_moves_both_sides_by_as_much(page: Tab) -> None:
+    for _ in range(6):
+        page.press("+")
+    page.settle()
+    before, _ = canvases(page)
+    x, y = page.middle_of("raw")
+    page.drag((x, y), (x + 40, y))
+    page.settle()
+    raw, denoised = canvases(page)
+    assert before.columns.start - raw.columns.start == pytest.approx(40 / raw.zoom, abs=1.5)
+    assert (raw.rows, raw.columns) == (denoised.rows, denoised.columns)
+    raw.assert_shows(counts(raw.frame))
+
+
+def test_two_fingers_zoom(page: Tab) -> None:
+    (before, _) = canvases(page)
+    x, y = page.middle_of("raw")
+    for type, gap in [("touchStart", 20), ("touchMove", 40), ("touchMove", 80), ("touchEnd", None)]:
+        points = [] if gap is None else [{"x": x - gap, "y": y, "id": 0}, {"x": x + gap, "y": y, "id": 1}]
+        page.call("Input.dispatchTouchEvent", type=type, touchPoints=points)
+    page.settle()
+    assert canvases(page)[0].zoom == pytest.approx(4 * before.zoom, rel=0.05)
+
+
+def test_one_key_shows_a_pixel_as_a_pixel(page: Tab) -> None:
+    page.press("1")
+    page.settle()
+    raw, _ = canvases(page)
+    assert raw.zoom == 1
+    raw.assert_shows(counts(raw.frame))
+    assert page.text("zoom") == "100 %"
+
+
+def test_contrast_by_hand_and_back_to_percentiles(page: Tab) -> None:
+    stand_still(page)
+    (before, _) = canvases(page)
+    box = page.evaluate("document.getElementById('raw-histogram').getBoundingClientRect().toJSON()")
+    y = box["top"] + box["height"] / 2
+    end = page.evaluate("""(() => {
+        const { low, high } = document.getElementById("raw").dataset;
+        return [Number(low), Number(high)];
+    })()""")
+    assert end == [before.scale["low"], before.scale["high"]]
+    # The upper end is the right one of the two teal lines; drag it to the left.
+    right = page.evaluate("""(() => {
+        const canvas = document.getElementById("raw-histogram");
+        const { data } = canvas.getContext("2d").getImageData(0, 1, canvas.width, 1);
+        let last = 0;
+        for (let x = 0; x < canvas.width; x++) {
+            if (data[4 * x] === 0x46 && data[4 * x + 1] === 0xc7) last = x;
+        }
+        return last / devicePixelRatio;
+    })()""")
+    page.drag((box["left"] + right, y), (box["left"] + right - 30, y))
+    page.settle()
+    raw, denoised = canvases(page)
+    assert raw.scale["high"] < before.scale["high"] - 0.3
+    assert raw.scale["low"] == before.scale["low"]
+    assert denoised.scale["high"] == before.scale["high"]
+    raw.assert_shows(counts(raw.frame))
+    assert page.evaluate("document.getElementById('contrast').value") == "hand"
+    page.press("p")
+    page.settle()
+    assert page.evaluate("document.getElementById('contrast').value") != "hand"
+    assert canvases(page)[0].scale["high"] > raw.scale["high"]
+
+
+def test_colours_are_those_of_the_chosen_map(page: Tab) -> None:
+    number = stand_still(page)
+    (grey, _) = canvases(page)
+    for name in ("inverted", "viridis", "magma", "inferno"):
+        page.press("c")
+        assert page.evaluate("document.getElementById('colours').value") == name
+        table = np.array(page.evaluate(f"import('./colours.js').then((m) => m.colours('{name}'))"))
+        (coloured, _) = canvases(page)
+        np.testing.assert_array_equal(coloured.rgb, table[grey.rgb[..., 0]])
+    assert page.number("frame") == number
+
+
+def test_colour_maps_grow_steadily_lighter(page: Tab) -> None:
+    for name in page.evaluate("import('./colours.js').then((m) => m.NAMES)"):
+        table = np.array(page.evaluate(f"import('./colours.js').then((m) => m.colours('{name}'))"))
+        assert table.shape == (256, 3)
+        luminance = table @ (0.2126, 0.7152, 0.0722)
+        steps = np.diff(luminance) * (-1 if name == "inverted" else 1)
+        assert (steps > -0.5).all(), name
+        assert np.ptp(luminance) > 180
+
+
+def test_fourier_transforms_of_both_sides_show_the_lattice(page: Tab) -> None:
+    page.press("f")
+    page.wait("document.getElementById('denoised-spectrum').dataset.halvings !== undefined")
+    for side in ("raw", "denoised"):
+        assert page.style(f"{side}-spectrum-box", "display") == "block"
+        shape, power = page.evaluate(f"""(() => {{
+            const canvas = document.getElementById("{side}-spectrum");
+            const {{ data }} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return [[canvas.height, canvas.width], Array.from(data.filter((_, i) => i % 4 === 0))];
+        }})()""")
+        bright = np.array(power).reshape(shape)
+        assert shape == [24, 32]  # a quarter of Nyquist: 0.08 nm of pixels of 10 pm
+        # A lattice of 16 x 12 pixels: 8 waves across and 8 down.
+        assert bright[12 - 8, 16 + 8] > 200
+        assert bright[12 + 8, 16 + 8] > 200
+        assert np.median(bright) < 120
+    edge = "document.querySelector('#raw-spectrum-box figcaption').textContent"
+    assert page.evaluate(edge) == "edge 80 pm"
+    # Its spacing is read off at the peak: 1 / hypot(1/16, 1/12) pixels of 10 pm.
+    box = page.evaluate("document.getElementById('raw-spectrum').getBoundingClientRect().toJSON()")
+    x = box["left"] + (16 + 8 + 0.5) / 32 * box["width"]
+    y = box["top"] + (12 + 8 + 0.5) / 24 * box["height"]
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    said = page.evaluate("document.querySelector('#raw-spectrum-box figcaption').textContent")
+    assert float(said.split()[0]) == pytest.approx(96, rel=0.05)
+    assert said.split()[1] == "pm"
+    page.press("f")
+    assert page.style("raw-spectrum-box", "display") == "none"
+
+
+def test_wipe_shows_raw_left_and_denoised_right_of_the_line(page: Tab) -> None:
+    page.press("w")
+    page.settle()
+    raw, denoised = page.evaluate(BOXES)
+    assert raw == denoised
+    clip = page.style("denoised-stage", "clipPath")
+    assert clip == "inset(0px 0px 0px 50%)"
+    x, y = page.middle_of("divider")
+    assert x == pytest.approx(raw["left"] + raw["width"] / 2, abs=2)
+    page.drag((x, y), (raw["left"] + raw["width"] / 4, y))
+    place = float(page.style("denoised-stage", "clipPath").split()[-1].rstrip("%)"))
+    assert place == pytest.approx(25, abs=1)
+    for canvas in canvases(page):
+        canvas.assert_shows(counts(canvas.frame))
+    page.press("w")
+    page.settle()
+    raw, denoised = page.evaluate(BOXES)
+    assert denoised["left"] > raw["right"]
+
+
+def test_average_is_that_of_the_frames_before(page: Tab, camera: Camera) -> None:
+    page.wait_for_frame_after(10)
+    for _ in range(2):
+        page.press("a")
+    page.wait(f"{TEXT_OF % 'raw-title'} === 'Average of 4 raw frames'")
+    stand_still(page)
+    raw, denoised = canvases(page)
+    frames = range(raw.frame - 3, raw.frame + 1)
+    raw.assert_shows(np.mean([counts(number) for number in frames], axis=0))
+    denoised.assert_shows(counts(raw.frame))
+
+
+def test_pause_stays_at_its_frame_while_the_numbers_go_on_and_steps_go_back(page: Tab) -> None:
+    page.wait_for_frame_after(10)
+    number, published = stand_still(page), page.number("published")
+    page.wait(f"{NUMBER_OF % 'published'} > {published + 20}")
+    assert page.number("frame") == number
+    for canvas in canvases(page):
+        canvas.assert_shows(counts(number))
+    for key, step in (("ArrowLeft", -1), ("ArrowLeft", -1), ("ArrowRight", 1)):
+        page.press(key)
+        number += step
+        page.wait(f"{NUMBER_OF % 'frame'} === {number}")
+        for canvas in canvases(page):
+            assert canvas.frame == number
+            canvas.assert_shows(counts(number))
+    assert page.text("when").startswith("paused, \N{MINUS SIGN}")
+    page.press("End")
+    page.wait_for_frame_after(number + 20)
+    assert page.text("when") == "live"
+
+
+def test_scale_bar_is_as_long_as_it_says(page: Tab) -> None:
+    (canvas, _) = canvases(page)
+    bar = "document.querySelector('.scalebar')"
+    width, unit = page.evaluate(f"{bar}.dataset.text").split()
+    metres = float(width) * {"pm": 1e-12, "nm": 1e-9}[unit]
+    drawn = page.evaluate(f"parseFloat({bar}.style.width) * devicePixelRatio")
+    assert drawn == pytest.approx(metres / PIXEL_M * canvas.zoom, rel=0.01)
+
+
+def test_histogram_counts_the_pixels(page: Tab) -> None:
+    for side in ("raw", "denoised"):
+        counted = page.evaluate(f"Number(document.getElementById('{side}-histogram').dataset.counts)")
+        assert 0.99 * np.prod(SHAPE) <= counted <= np.prod(SHAPE)
+
+
+def test_png_is_what_is_seen_with_the_whole_header_inside(page: Tab, tmp_path: Path) -> None:
+    number = stand_still(page)
+    (raw, denoised) = canvases(page)
+    path = page.download(tmp_path, lambda: page.press("s"))
+    assert path.name == f"emstream-test-4-{number:06d}.png"
+    content = path.read_bytes()
+    at = content.index(b"iTXtemstream\0")
+    length = int.from_bytes(content[at - 4 : at], "big")
+    text = content[at + 4 : at + 4 + length]
+    assert zlib.crc32(content[at : at + 4 + length]) == int.from_bytes(content[at + 4 + length :][:4], "big")
+    header = json.loads(text.partition(b"\0\0\0\0\0")[2])
+    assert header["raw"]["frame"] == header["denoised"]["frame"] == number
+    assert header["denoised"]["engine"]["name"] == "identity"
+    assert header["denoised"].keys() >= {"ledger", "stages_ns", "dose", "pixel_size_m", "timestamp_ns"}
+    assert header["view"]["contrast"]["denoised"] == [denoised.scale["low"], denoised.scale["high"]]
+    # The picture itself, as the browser reads it back: its two halves are the two canvases.
+    size, same = page.evaluate(f"""(async () => {{
+        const bytes = Uint8Array.from(atob("{base64.b64encode(content).decode()}"), (c) => c.charCodeAt(0));
+        const image = await createImageBitmap(new Blob([bytes], {{ type: "image/png" }}));
+        const screen = document.getElementById("denoised");
+        const copy = new OffscreenCanvas(image.width, image.height);
+        copy.getContext("2d").drawImage(image, 0, 0);
+        const unit = Math.max(1, Math.round(Math.min(screen.width, screen.height) / 340));
+        const part = copy.getContext("2d")
+            .getImageData(image.width - screen.width, 20 * unit, screen.width, screen.height / 2).data;
+        const seen = screen.getContext("2d").getImageData(0, 0, screen.width, screen.height / 2).data;
+        return [[image.height, image.width], part.every((value, i) => value === seen[i])];
+    }})()""")
+    assert size[1] > 2 * raw.zoom * SHAPE[1]
+    assert same
+    assert not page.complaints
+
+
+def test_tiff_holds_every_pixel_of_the_frame_on_the_screen(page: Tab, tmp_path: Path) -> None:
+    number = stand_still(page)
+    path = page.download(tmp_path, lambda: page.press("t"))
+    with tifffile.TiffFile(path) as file:
+        for series in file.series:
+            np.testing.assert_array_equal(series.asarray(), counts(number))
+            assert json.loads(series.keyframe.description)["frame"] == number
+
+
+def test_help_lists_the_keys_and_closes(page: Tab) -> None:
+    page.press("?")
+    assert page.evaluate("document.getElementById('keys').open")
+    listed = page.text("key-list")
+    assert "pause, go on" in listed
+    number = page.number("frame")
+    page.press(" ")  # the list is open: the keys rest
+    page.wait_for_frame_after(number + 5)
+    page.press("?")
+    assert not page.evaluate("document.getElementById('keys').open")
+
+
+def test_page_for_other_machines_opens_with_its_token_and_not_without(tab: Tab, camera: Camera) -> None:
+    camera.go()
+    with ViewServer(camera.output, host="0.0.0.0", port=0) as view:
+        tab.open(f"http://127.0.0.1:{view.port}/")
+        assert "asks for a token" in tab.evaluate("document.body.innerText")
+        tab.open(f"http://127.0.0.1:{view.port}/?token={view.token}")
+        tab.wait_for_frame_after(2)
+        assert tab.evaluate("location.search") == ""

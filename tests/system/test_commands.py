@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,28 @@ def test_sigterm_in_mid_batch_finishes_what_was_received(tmp_path: Path, context
     assert last["htype"] == wire.END
     camera.close()
     listener.close()
+
+
+def test_page_and_status_of_a_running_service() -> None:
+    service = start("serve", "--input", "sim://?rate=20&height=64&width=64", "--engine", "identity",
+                    "--output", "tcp://127.0.0.1:*", "--view", "--view-port", 0, "--json")  # fmt: skip
+    endpoint = line_with(service, r"-> (tcp://\S+)")[1]
+    page = line_with(service, r"live page: (\S+)")[1]
+    with urllib.request.urlopen(page, timeout=60) as answer:
+        assert b"<canvas" in answer.read()
+    done = emstream("status", "--input", endpoint, "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    status = json.loads(line)
+    assert (status["state"], status["engine"]["name"]) == ("live", "identity")
+    assert status["frames_per_s"] > 0
+    assert exact(status["ledger"])
+    service.send_signal(signal.SIGINT)
+    out, err = service.communicate(timeout=60)
+    assert service.returncode == 0, err
+    assert exact(json.loads(out)["ledger"])
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(page, timeout=60)
 
 
 def test_camera_and_service_as_two_programs_account_for_every_fault() -> None:
@@ -180,6 +204,8 @@ def test_info_reads_the_card() -> None:
         (("camera", "--dose", "-1"), 2, "dose must be positive, got -1.0 electrons/pixel"),
         (("camera", "--gap", "2"), 2, "gap must be a probability"),
         (("denoise", "/nowhere.tif", "out.tif"), 1, "/nowhere.tif"),
+        (("status", "--input", "ipc:///tmp/nobody", "--json"), 1, "nothing heard from ipc:///tmp/nobody"),
+        (("view", "--input", "ipc:///tmp/nobody", "--token", "abc"), 2, "at least 8 characters, got 3"),
         (("frobnicate",), 2, "No such command"),
     ],
 )
@@ -201,7 +227,7 @@ def test_output_port_in_use_is_explained(context: zmq.Context[Any]) -> None:
     taken.close()
 
 
-@pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "denoise", "info"])
+@pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "status", "denoise", "info"])
 def test_help_has_an_example(command: str) -> None:
     done = emstream(command, "--help")
     assert done.returncode == 0

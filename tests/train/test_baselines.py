@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +96,20 @@ def test_pure_let_finds_the_best_weights_without_the_truth() -> None:
     assert error < 1.05 * np.mean((weights @ both - true.ravel()) ** 2)
 
 
+def test_a_band_of_few_coefficients_is_left_as_it_is() -> None:
+    rng = np.random.default_rng(5)
+    total = rng.poisson(4000.0, (4, 4)).astype(float)
+    detail, predictor = rng.normal(0, 60, (2, 4, 4))
+    assert baselines._shrink(detail, total, predictor) is detail
+
+
+def test_coarser_wavelets_do_not_make_pure_let_worse() -> None:
+    truth = DOSE * draw(toy_columns(512).positions, 512)
+    counts = np.random.default_rng(0).poisson(truth)
+    scores = [psnr_db(baselines.pure_let(counts, levels=levels), truth) for levels in (5, 6, 7, 8)]
+    assert scores == sorted(scores)
+
+
 def test_tuning_takes_the_best_on_the_views_and_says_when_the_grid_is_too_narrow() -> None:
     def scaled(counts: np.ndarray, *, gain: float, word: str) -> np.ndarray:
         return gain * np.full_like(counts, counts.mean())
@@ -126,7 +139,29 @@ def test_the_command_writes_choices_that_can_be_read_back(
     assert tuned[0].denoise(counts).shape == counts.shape
 
 
-def test_an_unknown_baseline_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "tuned.json").write_text(json.dumps([{"baseline": "magic"}]))
-    with pytest.raises(ValueError, match="unknown baseline magic"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"baseline": "magic"}]', "unknown baseline magic"),
+        ('[{"baseline": "gaussian", "dose": 0.45}]', "an entry lacks parameters, psnr_db, views, at_edge; make it"),
+        ('{"baseline": "gaussian"}', "is no list of tuned baselines"),
+        ("[3]", "is no list of tuned baselines"),
+        ("half a fi", r"tuned\.json is no JSON"),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_choices_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tuned.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
         baselines.read(tmp_path / "tuned.json")
+
+
+def test_where_nothing_can_be_written_no_tuning_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(baselines, "Images", ToyImages)
+    monkeypatch.setattr(baselines, "tune", lambda *_, **__: pytest.fail("tuned"))
+    with pytest.raises(SystemExit, match=r"error: .*file cannot be a folder, since a file is in its place"):
+        baselines.main(["toy", "--out", str(tmp_path / "file" / "tuned.json")])
+    with pytest.raises(SystemExit, match=r"error: .* is a folder; name a file in it"):
+        baselines.main(["toy", "--out", str(tmp_path)])

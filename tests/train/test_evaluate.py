@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ pytest.importorskip("psutil", reason="the laboratory needs: pip install 'emstrea
 from scipy.ndimage import gaussian_filter
 
 from tests.train.toy import SIZE_PX, SPACING_PX, ToyColumns, ToyImages, draw, toy_columns
-from train import evaluate, networks, surface, tables
+from train import evaluate, networks, plots, surface, tables
 from train.dataset import group_of
 from train.evaluate import grouped, measure_ms
 from train.metrics import Spread, psnr_db, psnr_ssim
 from train.models import DURR, DnCNN, Network, UNet, macs_per_pixel, parameters
+from train.recipe import Recipe, save
 from train.surface import Surface, SurfaceScore, boundary, match
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +176,18 @@ def test_a_picture_that_lacks_a_surface_atom_scores_less() -> None:
     assert one.precision < 1  # what lies below it faces vacuum now
 
 
+def test_random_places_score_a_little_and_the_same_each_time() -> None:
+    columns = toy_columns()
+    true = Surface(columns, (SIZE_PX, SIZE_PX), bright=False)
+    picture = DOSE * draw(columns.positions)
+    number = len(true.columns(picture))
+    chance = true.chance(number)
+    assert chance == true.chance(number)
+    assert chance.found > 0
+    assert chance.f1 < 0.5 < true.score(picture).f1
+    assert true.chance(0) == SurfaceScore(0, 0, len(true.positions))
+
+
 def test_columns_of_the_support_do_not_count() -> None:
     columns = toy_columns()
     everything = ToyColumns(columns.positions, np.zeros(len(columns.positions), bool), columns.on_surface)
@@ -243,7 +257,10 @@ def test_with_a_folder_it_writes_tables_and_plots(tmp_path: Path) -> None:
     assert set(results["ms_per_frame"]) == {"blur", "gaussian"}
     clean = next(entry for entry in results["surface"] if entry["denoiser"] == "noiseless")
     assert clean["f1"] == 1.0
+    assert clean["chance_f1"] < 0.5
+    assert "F1 by chance" in (out / "evaluate.md").read_text()
     text = (out / "evaluate.md").read_text()
+    assert "Tuned on 1 views." in text
     for heading in ("PSNR [dB]", "SSIM", "Columns on the surface", "by particle shape", "Quality and speed"):
         assert heading in text
     with (out / "images.csv").open() as file:
@@ -279,6 +296,36 @@ def test_baselines_tuned_at_other_doses_are_refused(tmp_path: Path) -> None:
         evaluate.main(["blur.onnx", "toy", "--baselines", str(tuned)])
 
 
+def overlapping(texts: list[Any]) -> list[tuple[str, str]]:
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [(a, b) for n, (a, one) in enumerate(boxes) for b, other in boxes[:n] if one.overlaps(other)]
+
+
+@pytest.mark.parametrize("networks_number", [2, 9])
+@pytest.mark.parametrize("slowest_ms", [40.0, 400_000.0])
+def test_names_and_ticks_of_the_speed_plot_do_not_collide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, networks_number: int, slowest_ms: float
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    points = [
+        {
+            "name": f"network {n}",
+            "psnr_db": 30 + 0.05 * n,
+            "ms": ms,
+            "macs_per_pixel": n * 10**n if n else None,
+        }
+        for n, ms in enumerate(np.geomspace(20, slowest_ms, networks_number + 1))
+    ]
+    plots.quality_against_speed(points, 512, tmp_path / "plot.png")
+    (figure,) = figures
+    assert len(figure.axes) == (2 if networks_number >= 3 else 1)
+    for axis, names in zip(figure.axes, (networks_number + 1, networks_number), strict=False):
+        assert len(axis.texts) == names
+        assert overlapping(axis.texts) == []
+        assert overlapping(axis.get_xticklabels()) == []
+
+
 # -- the paper's tables ----------------------------------------------------------------
 
 
@@ -311,11 +358,19 @@ def test_the_best_validated_network_takes_the_papers_row() -> None:
     assert [one.name if one else None for _, one in placed] == [None, None, "better", None, None, None]
 
 
+def test_an_engine_is_ranked_by_its_card() -> None:
+    engine = trained(name="engine", validation_psnr_db=None, card_psnr_db=34.0)
+    placed = tables.place(tables.published()["tem"], [engine, trained(), trained(validation_psnr_db=None)])
+    assert placed[2][1] is engine
+    assert networks.load(ROOT / "engines" / "unet32.onnx").rank_db > 30
+
+
 def test_a_network_of_another_field_of_view_gets_a_row_of_its_own() -> None:
     placed = tables.place(tables.published()["tem"], [trained(name="wide", field_of_view_px=442)])
     assert placed[2][1] is None
-    assert placed[-1][0]["model"] == "wide"
-    assert "psnr_db" not in placed[-1][0]
+    assert [row["field_of_view_px"] for row, _ in placed] == [41, 45, 221, 221, 221, 442, 893]
+    assert placed[5][0]["model"] == "wide"
+    assert "psnr_db" not in placed[5][0]
 
 
 def test_the_tables_say_what_is_missing_and_what_was_spent() -> None:
@@ -325,8 +380,29 @@ def test_the_tables_say_what_is_missing_and_what_was_spent() -> None:
     lines = tables.markdown_a(entries).splitlines()
     assert sum("not trained" in line for line in lines) == 5
     row = next(line for line in lines if "32 channels" in line)
-    for text in ("36.39 +- 0.77", "33.15 +- 1.89", "-3.24", "6,266", "1.95"):
+    for text in ("36.39 +- 0.77", "33.15 +- 1.89", "-3.24", "6,266", "1.95 h"):
         assert text in row
+
+
+def test_a_few_minutes_are_said_in_minutes() -> None:
+    row, _ = tables.place(tables.published()["tem"], [])[0]
+    entry = row | {"ours": None} | tables.budget(trained(hours=0.0125))
+    assert "| 0.8 min" in tables.markdown_a([entry])
+
+
+def test_the_tables_say_where_the_order_is_not_the_papers_and_what_is_below_a_blur() -> None:
+    def entry(model: str, theirs: float, ours: float, steps: int) -> dict[str, object]:
+        return {
+            "model": model, "psnr_db": theirs, "ours": {"psnr_db": ours}, "steps": steps, "field_of_view_px": 41,
+        }  # fmt: skip
+
+    blur = {"model": "blur", "ours": {"psnr_db": 29.0}, "steps": None, "field_of_view_px": None}
+    order, below = tables.remarks_a([blur, entry("A", 30, 31, 2000), entry("B", 36, 28, 40)])
+    assert order == (
+        "In the paper B is above A, here it is below, 28.00 after 40 steps and 31.00 dB after 2,000 steps."
+    )
+    assert below == "Not trained long enough, below a Gaussian blur of the same images: B."
+    assert tables.remarks_a([blur, entry("A", 30, 31, 2000), entry("B", 36, 32, 40)]) == []
 
 
 def test_photographs_of_both_noises_stand_beside_the_papers() -> None:
@@ -353,7 +429,12 @@ def test_a_network_generalises_worse_to_what_it_has_not_seen(monkeypatch: pytest
     assert matrix["PtNp1"]["PtNp1"].mean > matrix["PtNp2"]["PtNp1"].mean
     assert matrix["PtNp2"]["PtNp2"].mean > matrix["PtNp1"]["PtNp2"].mean
     assert matrix["PtNp1"]["all"].images == 4
-    text = tables.markdown_generalisation(matrix, "shape")
+    text = tables.markdown_generalisation(matrix, "shape", {"PtNp1": 1200, "PtNp2": None})
+    off = matrix["PtNp1"]["PtNp2"].mean - matrix["PtNp2"]["PtNp2"].mean
+    row = next(line for line in text.splitlines() if line.startswith("| PtNp1"))
+    assert "| 1,200 " in row
+    assert f"({off:+.2f})" in row
+    assert row.count("(") == 1
     assert "paper, on all shapes" in text
     assert "38.10" in text
 
@@ -366,6 +447,7 @@ def test_the_command_writes_every_table_also_when_nothing_is_trained(
     tables.main(["--test", "toy", "--out", str(tmp_path)])
     text = (tmp_path / "tables.md").read_text()
     assert text.count("not trained") == 6 + 2 * 3
+    assert "| Gaussian blur, 7.3 px " in text
     with (tmp_path / "table-b.csv").open() as file:
         assert float(next(csv.DictReader(file))["psnr_db_30"]) == 29.67
     assert (tmp_path / "psnr-against-field-of-view.png").exists()
@@ -382,6 +464,104 @@ def test_a_matrix_alone_is_a_report_without_tables(tmp_path: Path, monkeypatch: 
     assert {path.name for path in tmp_path.iterdir()} == {
         "tables.md", "tables.json", "generalisation-shape.csv", "generalisation-shape.png",
     }  # fmt: skip
+
+
+def best(folder: Path, **state: object) -> Path:
+    """A checkpoint of a small network; `only` is its recipe's."""
+    made = Recipe(
+        network="UNet", base=4, scales=2, train="a", validate="b", steps=1, batch=1, crop_px=64, learning_rate=1e-3,
+        only=state.pop("only", None),
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    save(folder / "best.pt", made, network=made.build().state_dict(), step=7, spent_s=30.0, **state)
+    return folder / "best.pt"
+
+
+@pytest.fixture
+def toy_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "Images", ToyImages)
+    monkeypatch.setattr(tables, "VIEW_PX", 96)
+
+
+@pytest.mark.usefixtures("toy_tables")
+def test_runs_on_one_group_alone_are_no_rows_of_the_tables(tmp_path: Path) -> None:
+    best(tmp_path / "runs/PtNp1", only={"shape": "PtNp1"}, validation_psnr_db=40.0)
+    best(tmp_path / "runs/plain", validation_psnr_db=30.0)
+    tables.main([str(tmp_path / "runs"), "--test", "toy", "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/tables.json").read_text())
+    assert {entry["name"] for entry in results["tem"] if entry["ours"]} == {None, "plain"}
+    assert results["tem"][0]["model"] == "Gaussian blur, 7.3 px"
+
+
+@pytest.mark.usefixtures("toy_tables")
+def test_the_blur_is_as_wide_as_it_was_tuned(tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned.json"
+    choice = {"baseline": "gaussian", "dose": 0.45, "parameters": {"width_px": 5.5}, "psnr_db": 30.0}
+    tuned.write_text(json.dumps([choice | {"views": 1, "at_edge": []}]))
+    assert tables.blur(tuned)[0] == "Gaussian blur, 5.5 px"
+
+
+@pytest.mark.usefixtures("toy_tables")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--generalisation", "shape", "PtNp1=none.pt"], r"error: none\.pt is no checkpoint"),
+        (["--generalisation", "shape", "PtNp1=none.pt2"], "error: .*none.pt2"),
+        (["none"], "error: none is no network"),
+        (["--out", "file/out"], "error: file/out cannot be a folder"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tables, "score_tem", lambda *_: pytest.fail("scored"))
+    with pytest.raises(SystemExit, match=message):
+        tables.main(["--test", "toy", "--out", "out", *arguments])
+
+
+@pytest.mark.usefixtures("toy", "toy_tables")
+@pytest.mark.parametrize("command", ["tables", "evaluate"])
+def test_networks_are_not_tested_on_specimens_that_they_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    class Seeded(ToyImages):
+        def __init__(self, directory: Path | None = None) -> None:
+            super().__init__()
+            for n, one in enumerate(self.parameters):
+                one |= {"seed": 98 + n, "material": "pt_ceo2"}
+
+    for module in (tables, evaluate):
+        monkeypatch.setattr(module, "Images", Seeded)
+    path = best(tmp_path / "run", training={"seeds": [0, 99], "materials": ["pt_ceo2"]})
+    arguments = [str(path), "--test", "toy"] if command == "tables" else [str(path), "toy"]
+    with pytest.raises(
+        SystemExit, match=r"error: .* was trained on specimens 0-99 of pt_ceo2, .* specimen 98"
+    ):
+        {"tables": tables, "evaluate": evaluate}[command].main([*arguments, "--out", str(tmp_path / "out")])
+    networks.load(path).refuse_seen([{"seed": 98, "material": "au_srtio3"}, {"seed": 100}])
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(("load", "warned"), [(0.5, False), (900.0, True)])
+def test_times_on_a_busy_machine_come_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float, warned: bool
+) -> None:
+    monkeypatch.setattr(evaluate.report.os, "getloadavg", lambda: (load, 0, 0))
+    evaluate.main(["blur.onnx", "toy", "--every", "4", "--speed", "--out", str(tmp_path)])
+    assert ("These times are too long" in (tmp_path / "evaluate.md").read_text()) == warned
+
+
+@pytest.mark.parametrize("arguments", [["none.pt", "none"], ["none.onnx", "toy"], ["none.pt", "toy"]])
+def test_evaluating_what_is_not_there_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments[1] == "toy":
+        monkeypatch.setattr(evaluate, "Images", ToyImages)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*none"):
+        evaluate.main(arguments)
 
 
 def test_an_empty_folder_is_explained(tmp_path: Path) -> None:

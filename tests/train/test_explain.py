@@ -10,11 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the laboratory needs: pip install 'emstream[train]'")
 
+from scipy.ndimage import gaussian_filter, minimum_filter
 from scipy.stats import poisson
 
 from tests.train.toy import SIZE_PX, ToyImages, draw, toy_columns
 from train import explain, networks, recipe
-from train.explain import TOLERANCE, equivalent_filters, likelihood_map, places
+from train.explain import TOLERANCE, VERDICTS, equivalent_filters, halves, likelihood_map, places
 from train.models import UNet
 from train.recipe import Recipe
 from train.surface import Surface
@@ -98,6 +99,41 @@ def test_counts_support_a_column_that_is_there_and_not_one_that_is_invented() ->
     assert (np.delete(ratios, gone) > 0).all()
 
 
+def test_halves_are_independent_frames_of_half_the_dose() -> None:
+    rng = np.random.default_rng(3)
+    counts = rng.poisson(DOSE, (300, 300)).astype(np.float32)
+    one, other = halves(counts, rng)
+    np.testing.assert_array_equal(one + other, counts)
+    assert one.min() >= 0
+    assert one.mean() == pytest.approx(DOSE / 2, rel=0.03)
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] == pytest.approx(0, abs=0.015)
+    assert np.corrcoef(one.ravel(), counts.ravel())[0, 1] > 0.6
+
+
+def test_columns_made_of_noise_have_the_support_of_their_own_counts_alone() -> None:
+    rng = np.random.default_rng(4)
+    seen, other = rng.poisson(DOSE, (2, 400, 400))
+    blurred = gaussian_filter(seen.astype(float), 9)
+    lowest = np.argwhere(blurred == minimum_filter(blurred, 61))
+    blobs = np.column_stack([lowest[:, ::-1], np.full(len(lowest), 9.0)])
+    own, independent = (likelihood_map(counts, blurred, blobs, vacuum=DOSE) for counts in (seen, other))
+    assert (own.ratios > 0).all()
+    assert independent.count()["supported"] < 0.2 * len(blobs)
+
+
+def test_three_verdicts_follow_from_the_standard_error() -> None:
+    counts = np.full((40, 120), DOSE)
+    denoised = np.full((40, 120), 0.6 * DOSE)
+    counts[:, :40] = 0.6 * DOSE
+    counts[:, 40:80] = 0.785 * DOSE
+    blobs = np.array([[20.0, 20.0, 15.0], [60.0, 20.0, 15.0], [100.0, 20.0, 15.0]])
+    found = likelihood_map(counts, denoised, blobs, vacuum=DOSE)
+    assert found.verdicts == list(VERDICTS)
+    pixels = np.isfinite(found.image[:, :40]).sum()
+    error = abs(np.log(0.6)) * np.sqrt(0.6 * DOSE / pixels)
+    assert found.errors[0] == pytest.approx(error, rel=1e-6)
+
+
 def test_vacuum_without_electrons_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0 electrons/pixel"):
         likelihood_map(np.zeros((8, 8)), np.zeros((8, 8)), np.empty((0, 3)), vacuum=0)
@@ -170,7 +206,9 @@ def test_the_command_draws_filters_and_likelihoods(
     assert json.loads(capsys.readouterr().out)["linear"] is True
     result = json.loads((out / "explain.json").read_text())
     assert [entry["place"] for entry in result["filters"]] == ["bulk", "surface", "vacuum"]
-    assert result["likelihood"][0]["columns"] > 0
+    likelihood = result["likelihood"][0]
+    assert likelihood["columns"] == sum(likelihood[verdict] for verdict in VERDICTS) > 0
+    assert result["psnr_db"]["3.0"] > 20
     for name in ("filters.png", "likelihood-3.png"):
         assert (out / name).stat().st_size > 20_000
 

@@ -14,7 +14,7 @@ pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream
 
 from emstream import load_engine
 from emstream.inference import EngineCard
-from train.export import fold_norms, write_onnx, write_pt2
+from train.export import fold_norms, model_card, write_onnx, write_pt2
 from train.models import BiasFreeBatchNorm, Network, UNet, build, macs_per_pixel, parameters
 from train.models.unet import DoubleConv
 
@@ -172,6 +172,17 @@ def test_exported_engines_compute_what_the_network_does(
         assert engine.card == card
         # Weights are rounded to half precision, to within 1e-3 each.
         assert np.linalg.norm(engine.denoise(counts) - truth) < 5e-3 * np.linalg.norm(truth)
+
+
+def test_the_card_for_people_has_the_defocus_of_the_test_images() -> None:
+    card = EngineCard(
+        name="small", architecture="UNet", parameters=1, field_of_view_px=1, multiple_px=1, bias_free=True,
+        dose_range=(0.1, 10.0), sampling_pm=6.2, psnr_db=0.0, ssim=0.0, trained="not", commit="none",
+    )  # fmt: skip
+    figures = {"images": 2, "psnr_db": 30.0, "psnr_sd": 1.0, "ssim": 0.9, "ssim_sd": 0.1}
+    tests = [{"defocus_nm": -17.0}, {"defocus_nm": 12.0}]
+    text = model_card(card, {"network": figures, "noisy": figures}, "CPU", tests)
+    assert "defocus -17 to 12 nm" in text
 
 
 @pytest.mark.parametrize(

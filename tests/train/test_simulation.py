@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -135,9 +136,7 @@ def test_columns_of_a_view_are_those_of_the_image(whole: Path) -> None:
     images = Images(whole)
     for index in (0, 3):
         columns = images.columns(index, 512)
-        assert len(columns) == len(columns.positions) == len(columns.element) == len(columns.on_surface)
-        assert columns.on_surface.any()
-        assert columns.on_particle[columns.on_surface].all()
+        assert len(columns) == len(columns.positions) == len(columns.element) == len(columns.on_particle)
         assert set(columns.element[columns.on_particle]) == {"Pt"}
         assert set(columns.element[~columns.on_particle]) == {"Ce", "O"}
         view = images.central_views(512, [index])[0, 0].numpy()
@@ -214,7 +213,7 @@ def test_shards_of_an_earlier_version_are_read_with_a_warning(folder: Path, whol
     for index in (0, 3):
         rebuilt, stored = images.columns(index, 512), Images(whole).columns(index, 512)
         np.testing.assert_allclose(rebuilt.positions, stored.positions, atol=1e-4)
-        np.testing.assert_array_equal(rebuilt.on_surface, stored.on_surface)
+        np.testing.assert_array_equal(rebuilt.on_particle, stored.on_particle)
 
 
 def test_images_of_one_group_can_be_kept_alone(whole: Path) -> None:
@@ -264,6 +263,60 @@ def test_simulation_that_dies_loses_its_last_shards_alone(
     assert missing(tmp_path, range(15), plan) == {}
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert sorted(p["seed"] for p in Images(tmp_path).parameters) == sorted(list(range(15)) * 21)
+
+
+def test_what_is_not_enough_for_a_shard_survives_a_kill(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(images_each=2)
+    data, asked = (tmp_path / name for name in ("data", "asked"))
+    data.mkdir()
+    asked.mkdir()
+
+    def dying(seed: int, plan: Plan, device: str = "cpu") -> Any:
+        if seed == 6:
+            time.sleep(1)
+            raise ValueError("the lights went out")
+        return quick(seed, plan)
+
+    def noted(seed: int, plan: Plan, device: str = "cpu") -> Any:
+        (asked / str(seed)).touch()
+        return quick(seed, plan)
+
+    monkeypatch.setattr(simulation, "SAVE_S", -1)
+    monkeypatch.setattr(simulation, "simulate_specimen", dying)
+    with pytest.raises(ValueError, match="the lights went out"):
+        simulate(client, missing(data, range(8), plan), plan, quiet=True)
+    assert [path.name for path in data.iterdir()] == ["shard-000000.unfinished"]
+    kept = shards.settings(data / "shard-000000.unfinished")["seeds"]
+    assert len(kept) >= 1
+
+    monkeypatch.setattr(simulation, "simulate_specimen", noted)
+    simulate(client, missing(data, range(8), plan), plan, quiet=True)
+    assert {int(path.name) for path in asked.iterdir()} == set(range(8)) - set(kept)
+    assert [path.name for path in data.iterdir()] == ["shard-000000.h5"]
+    images = Images(data)
+    assert [p["seed"] for p in images.parameters] == [seed for seed in range(8) for _ in range(2)]
+    assert images.images[:, 0, 0].tolist() == [p["seed"] for p in images.parameters]
+
+
+def test_unfinished_shards_of_another_plan_do_not_count(tmp_path: Path) -> None:
+    plan, path = Plan(images_each=2), tmp_path / "shard-000000.h5"
+    write_shard(path.with_suffix(".unfinished"), {1: quick(1, plan)}, plan)
+    assert list(simulation.read_unfinished(path, [0, 1], plan)) == [1]
+    assert simulation.read_unfinished(path, [0, 1], replace(plan, defects="all")) == {}
+    assert simulation.read_unfinished(path, [0], plan) == {}
+    path.with_suffix(".unfinished").write_bytes(b"half")
+    assert simulation.read_unfinished(path, [0, 1], plan) == {}
+
+
+def test_specimens_beyond_what_was_asked_for_are_said(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--specimens", "1", "--images-each", "2", "--defects", "all"]
+    monkeypatch.setattr(sys, "argv", ["train.simulate", str(whole), *options])
+    simulation.main()
+    assert "also has 1 specimens that were not asked for, 1-1" in capsys.readouterr().err
 
 
 def test_more_specimens_complete_the_last_shard(

@@ -25,7 +25,7 @@ from train.structures.supported import Metal, SupportedParticle
 CEO2_LATTICE_A = 5.411
 CEO2_PERIOD_X_A = CEO2_LATTICE_A * np.sqrt(6) / 2
 CELL_A = 8 * CEO2_PERIOD_X_A  # the support repeats without a seam along x: 53.02 A
-GAP_A = (1.9, 2.4)  # Pt-O distance at the interface
+GAP_A = (1.9, 2.4)  # from the uppermost layer of the support to the lowest of Pt
 
 PLATINUM = Metal(
     symbol="Pt",

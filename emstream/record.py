@@ -1,0 +1,590 @@
+"""The recorder: what a running emstream publishes, raw and denoised, into HDF5 files.
+
+::
+
+    service ──XPUB──▶ SUB ──▶ backlog ──▶ file, next file, ...
+                      (main thread)       (thread)
+
+It hears what every other subscriber hears, in a process of its own, also with
+``emstream serve --record``: the publisher never waits for a subscriber, and compressing
+takes no interpreter lock from the pipeline. So nothing a recording or its disk does can
+cost the pipeline a frame; the worst that happens is that the recording itself loses some,
+which it counts: *lost* found no room in the backlog because the disk was too slow, *unheard*
+never arrived here although the service published it. Raw wins over denoised in both.
+
+`emstream.recording` is the layout of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from emstream import client, wire
+from emstream.errors import EmstreamError, MalformedFrame, OutputError, SourceError
+from emstream.frame import Frame, now_ns
+from emstream.publish import DENOISED, RAW, STATS, Publisher
+from emstream.recording import disk
+from emstream.recording.backlog import Backlog, Entry
+from emstream.recording.gaps import GapMap
+from emstream.recording.layout import COUNTERS, WRITE_ERROR
+from emstream.recording.writer import RecordingFile, compression
+
+log = logging.getLogger(__name__)
+
+COMMIT_S = 0.25
+OBSERVE_S = 1.0
+_POLL_MS = 100
+_QUEUE_MESSAGES = 256
+_STATUS_S = 1.0
+_LAST_DENOISED_S = 5.0
+_START_S = 60.0
+_QUIET_MS = 500
+_END_S = 600.0
+
+STOPPED, COUNTED, SERIES_ENDED, DISK_LOW = "stopped", "frames counted", "series ended", "disk low"
+FAILURES = (DISK_LOW, WRITE_ERROR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """One recording. Each field is a flag of ``emstream record``."""
+
+    input: str
+    """What ``emstream serve`` publishes on."""
+    output: Path
+    """The file; or a folder, for a file named by date and time."""
+    look_back_s: float = 0.0
+    """Wait for `Recorder.begin`, and include this much of what came before. 0 begins at once."""
+    split_bytes: int | None = None
+    """Begin another file when one has grown to this size."""
+    buffer_bytes: int = 1024**3
+    """Memory between receiving and writing; half of it at most for looking back."""
+    frames: int | None = None
+    """Stop after this many raw frames."""
+    until_end: bool = False
+    """Stop at the end of a series."""
+    compress: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.look_back_s < 1e6:
+            raise ValueError(f"look-back must lie in 0-1000000 s, got {self.look_back_s}")
+        for name in ("split_bytes", "buffer_bytes", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.partition('_')[0]} must be positive, got {value}")
+        if self.look_back_s and self.frames is not None:
+            raise ValueError(
+                "frames and look-back exclude each other: nobody knows how many the look-back holds"
+            )
+
+    def path(self) -> Path:
+        """The first file. Raises OutputError where there can be none."""
+        path = self.output
+        if path.is_dir():
+            path = path / f"emstream-{datetime.now():%Y%m%d-%H%M%S}.h5"
+        if path.suffix.lower() not in (".h5", ".hdf5", ".nxs"):
+            raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        there = [path, *path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9]{path.suffix}")]
+        for each in there:
+            if each.exists() and not self.overwrite:
+                raise OutputError(f"{each} exists already; choose another name or allow --overwrite")
+        return path
+
+
+class Recorder:
+    """Receives in the thread that calls `run`, writes in one of its own."""
+
+    def __init__(self, settings: RecordSettings) -> None:
+        """Raises OutputError where nothing can be written."""
+        self.settings = settings
+        self.path = settings.path()
+        self._folder = self.path.parent
+        if settings.compress:
+            compression()
+        disk.check_room(self._folder, 0.0)
+        # A recording that begins at once looks back as well, while it observes how much comes.
+        self._backlog = Backlog(settings.buffer_bytes, settings.look_back_s or 2 * OBSERVE_S)
+        self._begun = threading.Event()
+        if not settings.look_back_s:
+            self._begun.set()
+        self._writing = False
+        self._stopping = threading.Event()
+        self._dropping = False
+        self._quiet_ms = 0
+        self._ended: str | None = None
+        self._fault: BaseException | None = None
+        self._heard = _Heard()
+        self._first_ns: int | None = None
+        self._arrived_bytes = 0
+        self._bytes_per_s = 0.0
+        self._gaps = GapMap()
+        self._missing = self._missing_before = 0
+        self._early_mark: Entry | None = None
+        self._file: RecordingFile | None = None
+        self._files: list[Path] = []
+        self._recorded = {"raw": 0, "denoised": 0}
+        self._unwritten = {"raw": 0, "denoised": 0}
+        self._next_commit_s = 0.0
+        self._warned_lost = 0
+        self._started_s = time.monotonic()
+
+    def begin(self) -> None:
+        """Record, from `look_back_s` ago on. Any thread may call it."""
+        self._begun.set()
+
+    def stop(self, quiet_ms: int = 0) -> None:
+        """Finish with what has arrived, or once nothing has come for `quiet_ms`. A second time: drop the backlog."""
+        if self._stopping.is_set():
+            self._dropping = True
+        self._quiet_ms = quiet_ms
+        self._stopping.set()
+
+    def run(
+        self,
+        on_status: Callable[[dict[str, Any]], None] | None = None,
+        hello: bytes | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """Record until `stop`, the frames are counted, the series ends or the disk fills; returns the report.
+
+        `on_status` is called about once a second. `hello` is subscribed to, too, so that the
+        publisher can tell that this recorder listens.
+        """
+        socket = self._subscribe(hello)
+        writer = threading.Thread(target=self._guard, args=(self._write,), name="recording")
+        writer.start()
+        try:
+            if on_ready:
+                on_ready()
+            self._receive(socket, on_status)
+        except BaseException as error:
+            self._fault = self._fault or error
+            self._backlog.give_up()
+        finally:
+            self._backlog.close()
+            while writer.is_alive():
+                writer.join(timeout=0.2)  # short, so that a second signal is heard
+                if self._dropping:
+                    self._backlog.give_up()
+            socket.close()
+        if self._fault:
+            raise self._fault
+        return self.report()
+
+    def status(self) -> dict[str, Any]:
+        """What there is to say while it runs."""
+        return {
+            "state": "recording" if self._writing else "looking back" if self._first_ns else "waiting",
+            "file": str(self._files[-1]) if self._files else None,
+            "frames": dict(self._recorded),
+            "lost": self._lost(),
+            "unheard": dict(self._heard.unheard),
+            "missing": self._missing,
+            "buffer_bytes": self._backlog.nbytes,
+            "look_back_s": round(self._backlog.span_s, 1),
+            "free_bytes": disk.free_bytes(self._folder),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """What was recorded and lost, as ``--json`` prints it."""
+        seconds = time.monotonic() - self._started_s
+        nbytes = sum(path.stat().st_size for path in self._files if path.exists())
+        return {
+            "files": [str(path) for path in self._files],
+            "frames": dict(self._recorded),
+            "lost": self._lost(),
+            "unheard": dict(self._heard.unheard),
+            "missing": self._missing,
+            "bytes": nbytes,
+            "seconds": round(seconds, 3),
+            "ended": self._ended,
+            "ledger": self._heard.ledger,
+            "engine": self._heard.engine,
+        }
+
+    # -- receiving ----------------------------------------------------------------
+
+    def _subscribe(self, hello: bytes | None) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        socket.linger = 0
+        socket.rcvhwm = _QUEUE_MESSAGES
+        try:
+            socket.connect(self.settings.input)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise SourceError(f"cannot subscribe to {self.settings.input}: {error.strerror}") from None
+        for topic in (RAW, DENOISED, STATS, *([hello] if hello else [])):
+            socket.subscribe(topic)
+        return socket
+
+    def _receive(self, socket: zmq.Socket[bytes], on_status: Callable[[dict[str, Any]], None] | None) -> None:
+        next_status_s = time.monotonic() + _STATUS_S
+        while not self._stopping.is_set() and self._ended is None:
+            if socket.poll(_POLL_MS):
+                self._take(socket.recv_multipart(copy=False))
+            self._start_writing()
+            self._count()
+            if time.monotonic() >= next_status_s:
+                next_status_s += _STATUS_S
+                self._warn()
+                if on_status:
+                    on_status(self.status())
+        self._finish(socket)
+
+    def _finish(self, socket: zmq.Socket[bytes]) -> None:
+        """Take what has arrived by now, and let it be written."""
+        deadline_s = time.monotonic() + _LAST_DENOISED_S
+        while self._ended is None and time.monotonic() < deadline_s and socket.poll(self._quiet_ms):
+            self._take(socket.recv_multipart(copy=False))
+            if not self._quiet_ms:  # a stream that goes on is not waited for
+                deadline_s = min(deadline_s, time.monotonic() + 0.05)
+        self._ended = self._ended or STOPPED
+        if self._begun.is_set():
+            self._writing = True
+            self._backlog.begin()
+
+    def _take(self, parts: list[zmq.Frame]) -> None:
+        with contextlib.suppress(MalformedFrame):
+            if len(parts) < 2:
+                return
+            topic, header = parts[0].bytes, parts[1].bytes
+            if topic == STATS:
+                self._heard.stats(wire.unpack(header))
+                return
+            frame, ended = client.read(parts)
+            if frame is None and topic == RAW:
+                self._backlog.put(Entry("raw", header, None, now_ns()))
+                if ended and self.settings.until_end and self._heard.raw:
+                    self._ended = SERIES_ENDED
+            if frame is None:
+                return
+            self._take_frame(Entry(frame.topic, header, frame, now_ns()))
+
+    def _take_frame(self, entry: Entry) -> None:
+        assert entry.frame is not None
+        if entry.topic == "raw":
+            if self.settings.frames is not None and self._heard.raw >= self.settings.frames:
+                return
+            self._heard.receive_raw(entry.frame)
+        elif not self._heard.receive_denoised(entry.frame):
+            return
+        if self._first_ns is None:
+            self._first_ns = entry.arrived_ns
+        self._arrived_bytes += entry.nbytes
+        self._backlog.put(entry)
+
+    def _start_writing(self) -> None:
+        """Once it is known how much comes, and that there is room for it."""
+        if self._writing or self._first_ns is None or not self._begun.is_set():
+            return
+        seconds = (now_ns() - self._first_ns) / 1e9
+        if seconds < OBSERVE_S and self._backlog.nbytes < self.settings.buffer_bytes // 4:
+            return
+        self._bytes_per_s = self._arrived_bytes / max(seconds, 1e-3)
+        disk.check_room(self._folder, self._bytes_per_s)
+        if self.settings.look_back_s:
+            log.info("recording, from %.1f s ago on", self._backlog.span_s)
+        self._writing = True
+        self._backlog.begin()
+
+    def _count(self) -> None:
+        """Whether `frames` raw frames have come, and the last one's denoised."""
+        heard, frames = self._heard, self.settings.frames
+        if frames is None or heard.raw < frames or self._ended:
+            return
+        if heard.is_paired or now_ns() - heard.last_raw_ns > _LAST_DENOISED_S * 1e9:
+            self._ended = COUNTED
+
+    def _warn(self) -> None:
+        lost = sum(self._lost().values()) + sum(self._heard.unheard.values())
+        if lost > self._warned_lost:
+            log.warning(
+                "the recording loses frames: lost to a slow disk %s, unheard %s",
+                _both(self._lost()), _both(self._heard.unheard),
+            )  # fmt: skip
+            self._warned_lost = lost
+
+    def _lost(self) -> dict[str, int]:
+        return {topic: self._backlog.lost[topic] + self._unwritten[topic] for topic in self._recorded}
+
+    # -- writing --------------------------------------------------------------------
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            try:
+                work()
+            except (OSError, RuntimeError) as error:  # h5py has both for a disk that fails
+                if self._file is None:
+                    raise
+                self._give_up(self._file, error)
+        except BaseException as error:
+            self._fault = self._fault or error
+        finally:
+            self._backlog.give_up()
+            if self._file is not None:
+                with contextlib.suppress(OSError, RuntimeError):
+                    self._file.abandon()
+            self._stopping.set()
+
+    def _give_up(self, file: RecordingFile, error: Exception) -> None:
+        """The disk would not take the rest: what cannot be committed now is lost."""
+        errno = getattr(error, "errno", None)
+        log.error("%s cannot be written: %s", file.path, os.strerror(errno) if errno else error)
+        self._ended = WRITE_ERROR
+        with contextlib.suppress(OSError, RuntimeError):
+            file.commit(self._counters())
+        for topic, rows in file.uncommitted.items():
+            self._recorded[topic] -= rows
+            self._unwritten[topic] += rows
+
+    def _write(self) -> None:
+        self._next_commit_s = time.monotonic() + COMMIT_S
+        while not self._backlog.is_done:
+            entry = self._backlog.take(max(0.0, self._next_commit_s - time.monotonic()))
+            if entry is not None:
+                self._write_entry(entry)
+            if time.monotonic() >= self._next_commit_s:
+                if self._file is not None:
+                    self._file.commit(self._counters())
+                    self._watch_the_disk()
+                    if self._ended == DISK_LOW:
+                        self._backlog.give_up()
+                self._next_commit_s = time.monotonic() + COMMIT_S
+        if self._file is not None:
+            self._close(self._ended or STOPPED)
+
+    def _write_entry(self, entry: Entry) -> None:
+        if entry.frame is None and self._file is None:
+            self._early_mark = entry
+            return
+        if entry.topic == "raw" and entry.frame is not None:
+            self._open_for(entry)
+        if self._file is None:
+            return  # a denoised frame whose raw one came before the recorder did
+        added = False
+        try:
+            added = self._file.add(entry)
+        finally:
+            if entry.frame is not None:
+                (self._recorded if added else self._unwritten)[entry.topic] += 1
+        self._missing = self._missing_before + self._file.gaps.missing
+
+    def _open_for(self, entry: Entry) -> None:
+        """Have a file open that takes this raw frame."""
+        assert entry.frame is not None
+        split = self.settings.split_bytes
+        if self._file is not None:
+            if self._file.takes(entry.frame.header) and (split is None or self._file.nbytes < split):
+                return
+            self._close("continued")
+        part = len(self._files) + 1
+        path = self.path if part == 1 else self.path.with_stem(f"{self.path.stem}-{part:04d}")
+        if self.settings.overwrite:
+            path.unlink(missing_ok=True)
+        self._file = RecordingFile(path, entry, part=part, compress=self.settings.compress, gaps=self._gaps)
+        self._files.append(path)
+        self._next_commit_s = (
+            0.0  # at once: readable from the first frame on, room for a thousand headers taken
+        )
+        log.info("recording to %s", path)
+        if self._early_mark:
+            self._file.add(self._early_mark)
+            self._early_mark = None
+
+    def _close(self, ended: str) -> None:
+        assert self._file is not None
+        self._file.close(ended, self._counters())
+        self._missing_before += self._file.gaps.missing
+        self._gaps = self._file.gaps.continued()
+        self._file = None
+
+    def _watch_the_disk(self) -> None:
+        if self._ended is None and disk.is_low(self._folder, self._bytes_per_s):
+            free = disk.text_of(disk.free_bytes(self._folder))
+            log.warning("the recording ends: %s has only %s left", self._folder, free)
+            self._ended = DISK_LOW
+
+    def _counters(self) -> dict[str, Any]:
+        lost, unheard = self._lost(), self._heard.unheard
+        return {
+            **{name: value for name, value in self._heard.ledger.items() if name in COUNTERS},
+            "raw_recorded": self._recorded["raw"],
+            "denoised_recorded": self._recorded["denoised"],
+            "raw_lost": lost["raw"],
+            "denoised_lost": lost["denoised"],
+            "raw_unheard": unheard["raw"],
+            "denoised_unheard": unheard["denoised"],
+            "report": self._heard.report,
+        }
+
+
+class _Heard:
+    """What came from the service, and what it published without being heard.
+
+    Every denoised header counts, in ``ledger.published``, how many frames were published up to
+    it, and each one's raw frame was published just before: a jump tells what is missing here.
+    """
+
+    def __init__(self) -> None:
+        self.raw = 0
+        self.last_raw_ns = 0
+        self.unheard = {"raw": 0, "denoised": 0}
+        self.ledger: dict[str, int] = {}
+        self.engine: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
+        self.is_paired = False
+        """Whether the newest raw frame's denoised one has come."""
+        self._newest: tuple[Any, ...] | None = None
+        self._published: int | None = None
+        self._raw_since = 0
+
+    def receive_raw(self, frame: Frame) -> None:
+        self.raw += 1
+        self.last_raw_ns = now_ns()
+        self._newest = _identity(frame)
+        self.is_paired = False
+        self._raw_since += 1
+
+    def receive_denoised(self, frame: Frame) -> bool:
+        """False for frames from before the first raw one: the recorder came in between."""
+        if self._newest is None:
+            return False
+        extra = frame.header.extra
+        if isinstance(engine := extra.get("engine"), dict):
+            self.engine = engine
+        self._note_ledger(extra.get("ledger"))
+        self.is_paired = self.is_paired or _identity(frame) == self._newest
+        published = self.ledger.get("published")
+        if published is not None:
+            if self._published is not None and published > self._published:
+                due = published - self._published
+                self.unheard["denoised"] += due - 1
+                self.unheard["raw"] += max(0, due - self._raw_since)
+            self._published = published
+        self._raw_since = 0
+        return True
+
+    def stats(self, message: dict[str, Any]) -> None:
+        self._note_ledger(message.get("ledger"))
+        self.report = {key: value for key, value in message.items() if key != "htype"}
+
+    def _note_ledger(self, ledger: Any) -> None:
+        if isinstance(ledger, dict):
+            self.ledger = {
+                name: ledger[name]
+                for name in COUNTERS
+                if isinstance(ledger.get(name), int) and 0 <= ledger[name] < 2**63
+            }
+
+
+def _identity(frame: Frame) -> tuple[Any, ...]:
+    return frame.header.source, frame.header.series, frame.header.frame
+
+
+def _both(counts: Mapping[str, int]) -> str:
+    return f"{counts['raw']} raw and {counts['denoised']} denoised"
+
+
+# -- beside a service ---------------------------------------------------------------
+
+
+class RecorderProcess:
+    """A recorder in a process of its own, for the service that starts it."""
+
+    def __init__(self, settings: RecordSettings) -> None:
+        """Raises OutputError where nothing can be written."""
+        settings.path()
+        self._hello = b"recorder-" + secrets.token_hex(8).encode()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_recorder_main, args=(settings, self._hello, theirs), name="recorder", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def wait_until_it_listens(self, publisher: Publisher) -> None:
+        """Return when not even the first frame will be missed. Raises EmstreamError when it does not start."""
+        try:
+            self._answer(_START_S)
+            if not publisher.wait_for(self._hello, _START_S):
+                raise OutputError(f"the recorder did not subscribe within {_START_S:.0f} s")
+        except EmstreamError:
+            self._end()
+            raise
+
+    def begin(self) -> None:
+        """See `Recorder.begin`."""
+        with contextlib.suppress(OSError):
+            self._pipe.send("begin")
+
+    def finish(self) -> dict[str, Any]:
+        """Let it write what was published until now; returns its report."""
+        try:
+            with contextlib.suppress(OSError):
+                self._pipe.send("finish")
+            report: dict[str, Any] = self._answer(_END_S)
+        finally:
+            self._end()
+        return report
+
+    def _end(self) -> None:
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+    def _answer(self, within_s: float) -> Any:
+        try:
+            if not self._pipe.poll(within_s):
+                raise OutputError(f"the recorder said nothing for {within_s:.0f} s")
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise OutputError(
+                "the recorder ended without a report; what it had committed is readable"
+            ) from None
+        if isinstance(answer, EmstreamError):
+            raise answer
+        return answer
+
+
+def _recorder_main(settings: RecordSettings, hello: bytes, pipe: Connection) -> None:
+    # A signal reaches the whole terminal or service unit; the service says itself when it has finished.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        recorder = Recorder(settings)
+
+        def watch() -> None:
+            with contextlib.suppress(EOFError, OSError):
+                while pipe.recv() == "begin":
+                    recorder.begin()
+            recorder.stop(quiet_ms=_QUIET_MS)
+
+        threading.Thread(target=watch, daemon=True).start()
+        report: Any = recorder.run(hello=hello, on_ready=lambda: pipe.send("listening"))
+    except EmstreamError as error:
+        report = error
+        log.error("%s", error)
+    with contextlib.suppress(OSError):
+        pipe.send(report)

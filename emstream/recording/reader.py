@@ -1,0 +1,165 @@
+"""Recordings as they are read: for a replay, or in a notebook."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from emstream import wire
+from emstream.errors import FileFormatError, MalformedFrame
+from emstream.recording.layout import COUNTERS, MARK, SUFFIXES, UNKNOWN, VERSION
+
+
+def is_recording(path: Path) -> bool:
+    """Whether `path` is an HDF5 file that a recorder began; False also for what cannot be opened."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return False
+    with contextlib.suppress(OSError), _open(path) as file:
+        return MARK in file.attrs
+    return False
+
+
+class Recording:
+    """A recording, finished or not: its frames as of now."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileFormatError for what is no recording, of a newer version, damaged, or without frames."""
+        self.path = path
+        with contextlib.suppress(ImportError):
+            importlib.import_module("hdf5plugin")
+        try:
+            self._file = _open(path)
+        except OSError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise FileFormatError(
+                f"{path} cannot be read: {reason}; is the file whole? Copy it again"
+            ) from None
+        try:
+            self._read()
+        except FileFormatError:
+            self._file.close()
+            raise
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            self._file.close()
+            raise FileFormatError(
+                f"{path} is a damaged recording ({type(error).__name__}); is the file whole? Copy it again"
+            ) from None
+
+    def _read(self) -> None:
+        version = self._file.attrs.get(MARK)
+        if version is None:
+            raise FileFormatError(f"{self.path} is no recording of emstream")
+        if int(version) > VERSION:
+            raise FileFormatError(
+                f"{self.path} is a recording of version {int(version)}, and this emstream reads up to {VERSION}; "
+                "upgrade emstream"
+            )
+        entry = self._file["entry"]
+        self.raw = Track(self.path, entry["raw"])
+        self.denoised = Track(self.path, entry["denoised"])
+        if not len(self.raw):
+            raise FileFormatError(f"{self.path} is a recording without frames")
+        rows = entry["denoised/raw_row"][: len(self.denoised)]
+        self.raw_rows: np.ndarray = rows
+        """(denoised frames): the row in `raw` of the very frame, -1 where that was lost."""
+        ranges = entry["gaps/ranges"][()]
+        self.gaps: np.ndarray = ranges[ranges[:, 0] != UNKNOWN]
+        """(G, 3): first and last frame number missing, and the row before which."""
+        self.ledger = {name: int(entry["ledger"][name][()]) for name in COUNTERS}
+        """Of the service, as of the last commit."""
+        self.report: dict[str, Any] = json.loads(entry["ledger/report"][()] or "{}")
+        """The service's last statistics."""
+        recorder = entry["recorder"]
+        self.ended: str = recorder["ended"].asstr()[()]
+        """Why it ended; empty while it is written, and when the recorder was killed."""
+        self.recorder = {name: int(recorder[name][()]) for name in recorder if name != "ended"}
+        engine = {name: entry["engine"][name].asstr()[()] for name in ("name", "sha256", "device")}
+        self.engines = [
+            dict(zip(engine, values, strict=True)) for values in zip(*engine.values(), strict=True)
+        ]
+        """{name, sha256, device} of each engine that made the denoised frames."""
+        messages, before = entry["marks/message"][()].tobytes(), entry["marks/before_row"][()]
+        ends = [0, *entry["marks/message_end"][: len(before)]]
+        self.marks = [
+            (int(row), wire.unpack(messages[start:end]))
+            for row, start, end in zip(before, ends[:-1], ends[1:], strict=True)
+        ]
+        """(row of `raw` before which, message) of each start and end of a series."""
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Track:
+    """The raw or the denoised frames of a recording, those that are whole."""
+
+    def __init__(self, path: Path, group: h5py.Group) -> None:
+        self._path = path
+        self._frames = group["frames"]
+        _check_filters(path, self._frames)
+        self._header, count = group["header"], int(group["complete"][()])
+        self._ends = group["header_end"][:count]
+        self.shape: tuple[int, int, int] = (count, *self._frames.shape[1:])
+        """(N, H, W)"""
+        self.dtype: np.dtype[Any] = self._frames.dtype
+        self.numbers: np.ndarray = group["number"][:count]
+        """(N) frame number within its series"""
+        self.timestamps_ns: np.ndarray = group["timestamp_ns"][:count]
+        """(N) [ns since the Unix epoch] by the camera, -1 where it did not say"""
+        self.arrived_ns: np.ndarray = group["arrived_ns"][:count]
+        """(N) [ns since the Unix epoch] by the recorder"""
+        if not len(self._ends) == len(self.numbers) == len(self.arrived_ns) == count:
+            raise FileFormatError(f"{path} is a damaged recording: {group.name} is not whole; copy it again")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The pixels (H, W) of row `i`. Raises FileFormatError when they cannot be read."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row must lie in 0-{len(self) - 1}, got {i}")
+        try:
+            pixels: np.ndarray = self._frames[i]
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise FileFormatError(
+                f"{self._path}: row {i} cannot be read: {reason}; is the file whole?"
+            ) from None
+        return pixels
+
+    def header(self, i: int) -> dict[str, Any]:
+        """Everything that came with row `i`, as it came."""
+        start, end = int(self._ends[i - 1]) if i else 0, int(self._ends[i])
+        try:
+            return wire.unpack(self._header[start:end].tobytes())
+        except (MalformedFrame, OSError) as error:
+            raise FileFormatError(f"{self._path}: the header of row {i} is damaged: {error}") from None
+
+
+def _open(path: Path) -> h5py.File:
+    """Open a recording in whatever state it is."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if "already open for write" not in str(error):
+            raise
+    return h5py.File(path, "r", swmr=True)
+
+
+def _check_filters(path: Path, frames: h5py.Dataset) -> None:
+    plan = frames.id.get_create_plist()
+    for number, *_ in (plan.get_filter(i) for i in range(plan.get_nfilters())):
+        if not h5py.h5z.filter_avail(number):
+            raise FileFormatError(f"{path} is compressed with bitshuffle; pip install 'emstream[files]'")

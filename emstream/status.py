@@ -1,0 +1,220 @@
+"""What a running emstream says of itself, in a terminal and without a pixel: ``emstream status``.
+
+It listens to the ``stats`` topic, which costs the service one small message a second, so it may
+stay open for days, over ssh, next to any number of others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any
+
+import zmq
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emstream import wire
+from emstream.errors import MalformedFrame, SourceError
+from emstream.publish import STATS
+
+SILENT_S = 3.0  # the service says something every second
+_QUIET_NS = 2_000_000_000
+FAULTS = ("missing", "dropped", "rejected", "failed")
+_SETTLED = ("published", "dropped", "rejected", "failed", "in_flight")
+_STAGES = {
+    "camera": "camera_to_received",
+    "wait": "received_to_batched",
+    "infer": "batched_to_inferred",
+    "send": "inferred_to_published",
+}
+_STYLES = {"live": "green", "quiet": "yellow", "waiting": "yellow", "silent": "bold red"}
+_SAID = {
+    "live": "live",
+    "quiet": "no frames: the camera is silent",
+    "waiting": "waiting for the first frame",
+    "silent": "nothing heard: has emstream serve stopped?",
+}
+
+
+def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str, Any], None, None]:
+    """Yield the service's figures as they come, once a second, and again with state ``silent`` when none do.
+
+    From the second on they have ``frames_per_s`` of the time between. Keys: ``state`` (live, quiet,
+    waiting, silent), ``input``, ``alarms``, ``newest``, ``frames_per_s``, ``ledger``, ``latency_ms``, ``engine``.
+    """
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+    socket.linger = 0
+    try:
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
+        socket.subscribe(STATS)
+        status: dict[str, Any] = {"input": endpoint, "alarms": []}
+        before: dict[str, Any] = {}
+        while True:
+            message = _receive(socket, silent_s)
+            if message is None:
+                status = {**status, "state": "silent", "frames_per_s": 0.0}
+            else:
+                status = _figures(endpoint, message, before)
+                before = message
+            yield status
+    finally:
+        socket.close()
+
+
+def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
+    """The figures of the last second; raises SourceError when nothing is heard."""
+    heard = statuses(endpoint, silent_s=silent_s)
+    first, second = next(heard), None
+    if first["state"] != "silent":
+        second = next(heard)
+    heard.close()
+    if second is None:
+        raise SourceError(f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running?")
+    return second
+
+
+def panel(status: dict[str, Any]) -> RenderableType:
+    """The figures as a terminal shows them; what is wrong is red."""
+    newest, latency = status.get("newest", {}), status.get("latency_ms", {})
+    engine, state = status.get("engine", {}), status["state"]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("emstream", Text.assemble((f"● {_SAID[state]}", _STYLES[state]), f"   {status['input']}"))
+    if status["alarms"]:
+        table.add_row("", Text("  ".join(status["alarms"]), style="bold white on red"))
+    if "ledger" not in status:
+        return table
+    table.add_row(
+        "frame",
+        f"{_grouped(newest.get('frame'))}   series {newest.get('series', '-')}  {newest.get('source', '')}",
+    )
+    inside = {True: "in the engine's range", False: "outside the engine's range"}.get(newest.get("in_domain"))
+    table.add_row(
+        "dose",
+        Text(
+            f"{_digits(newest.get('dose'))} electrons/px   {inside or ''}",
+            style="bold red" if newest.get("in_domain") is False else "",
+        ),
+    )
+    shape = " x ".join(str(length) for length in newest.get("shape", ()))
+    table.add_row("rate", f"{_digits(status['frames_per_s'])} frames/s   {shape} px")
+    table.add_row(
+        "latency",
+        f"p50 {_digits(latency.get('p50'))}  p99 {_digits(latency.get('p99'))}  "
+        f"max {_digits(latency.get('max'))} ms",
+    )
+    table.add_row(
+        "stages",
+        "  ".join(f"{name} {_digits(latency[stage])}" for name, stage in _STAGES.items() if stage in latency)
+        + " ms (p50)",
+    )
+    table.add_row("ledger", _ledger(status["ledger"]))
+    name = f"{engine.get('name', '-')} {str(engine.get('sha256', ''))[:8]}"
+    table.add_row("engine", f"{name}   {engine.get('device', '')}")
+    return table
+
+
+def _receive(socket: zmq.Socket[bytes], silent_s: float) -> dict[str, Any] | None:
+    """The next statistics, or None after `silent_s` without any."""
+    deadline = time.monotonic() + silent_s
+    while socket.poll(max(0, round(1000 * (deadline - time.monotonic())))):
+        parts = socket.recv_multipart()
+        try:
+            message = wire.unpack(parts[1]) if len(parts) > 1 else {}
+        except MalformedFrame:
+            continue
+        if message.get("htype") == wire.STATS:
+            return message
+    return None
+
+
+def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What a message from the wire, which may be anything, says in numbers and short texts."""
+    ledger = {
+        name: int(n)
+        for name, n in wire.numbers(message.get("ledger"), ("received", *_SETTLED, "missing")).items()
+    }
+    latency = wire.numbers(message.get("latency_ms"), ("p50", "p99", "p99_9", "max"))
+    stages = message["latency_ms"] if latency else {}
+    for stage in _STAGES.values():
+        if (p50 := wire.numbers(stages.get(stage), ["p50"])) is not None and p50:
+            latency[stage] = p50["p50"]
+    newest = _newest(message.get("newest"))
+    sent_ns = wire.numbers(message, ["sent_ns"]).get("sent_ns", 0)
+    is_quiet = sent_ns - newest.get("published_ns", 0) > _QUIET_NS
+    alarms = [f"{ledger[name]} {name}" for name in FAULTS if ledger.get(name)]
+    if newest.get("in_domain") is False:
+        alarms.append("dose outside the engine's range")
+    engine = message.get("engine")
+    return {
+        "state": "waiting" if "frame" not in newest else "quiet" if is_quiet else "live",
+        "input": endpoint,
+        "alarms": alarms,
+        "newest": newest,
+        "frames_per_s": _rate(message, before),
+        "ledger": ledger,
+        "latency_ms": latency,
+        "engine": {
+            key: engine[key][:200]
+            for key in ("name", "sha256", "device")
+            if isinstance(engine, dict) and isinstance(engine.get(key), str)
+        },
+    }
+
+
+def _newest(message: Any) -> dict[str, Any]:
+    found: dict[str, Any] = dict(
+        wire.numbers(message, ("frame", "dose", "pixel_size_m", "exposure_s", "published_ns"))
+    )
+    if isinstance(message, dict):
+        for key in ("source", "series", "units"):
+            if isinstance(message.get(key), (str, int)):
+                found[key] = str(message[key])[:200]
+        if isinstance(message.get("in_domain"), bool):
+            found["in_domain"] = message["in_domain"]
+        shape = message.get("shape")
+        if isinstance(shape, list) and all(isinstance(length, int) for length in shape):
+            found["shape"] = shape[:2]
+    return found
+
+
+def _rate(message: dict[str, Any], before: dict[str, Any]) -> float | None:
+    """Frames published per second between two messages; None before there are two of one run."""
+    values = []
+    for each in (before, message):
+        published = wire.numbers(each.get("ledger"), ["published"]).get("published")
+        sent_ns = wire.numbers(each, ["sent_ns"]).get("sent_ns")
+        if published is None or sent_ns is None:
+            return None
+        values.append((published, sent_ns))
+    (first, start_ns), (last, end_ns) = values
+    return (
+        round((last - first) / (end_ns - start_ns) * 1e9, 3) if end_ns > start_ns and last >= first else None
+    )
+
+
+def _ledger(ledger: dict[str, int]) -> Text:
+    """``received 85 = published 83 + dropped 2 + ...``, what went wrong in red."""
+    text = Text(f"received {_grouped(ledger.get('received'))} =")
+    for i, name in enumerate((*_SETTLED, "missing")):
+        sign = "   " if name == "missing" else " + " if i else " "
+        wrong = name in FAULTS and ledger.get(name)
+        text.append(sign)
+        text.append(
+            f"{name.replace('_', ' ')} {_grouped(ledger.get(name))}", style="bold red" if wrong else ""
+        )
+    return text
+
+
+def _grouped(number: float | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _digits(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"

@@ -1,0 +1,143 @@
+"""Films and sheets of raw beside denoised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emstream.compare import Comparison, binned, draw_scale_bar, grey
+from emstream.denoise import denoise_file
+from emstream.errors import FileFormatError
+from emstream.inference import IdentityEngine
+from emstream.movies import save_movie
+
+PIL = pytest.importorskip("PIL.Image", reason="comparisons need pillow: pip install 'emstream[files]'")
+HEIGHT, WIDTH = 48, 60
+
+
+def pair(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A raw frame of noise, and a denoised one whose bright column is the frame's number."""
+    raw = np.random.default_rng(n).poisson(2.0, (HEIGHT, WIDTH)).astype(np.uint8)
+    denoised = np.full((HEIGHT, WIDTH), 2.0, np.float32)
+    denoised[:, 2 * n : 2 * n + 2] = 4.0
+    return raw, denoised
+
+
+def write(path: Path, frames: int, **options: float) -> None:
+    with Comparison(path, frames, **options) as comparison:  # type: ignore[arg-type]
+        for n in range(frames):
+            comparison.add(*pair(n))
+
+
+def bright_columns(picture: np.ndarray) -> list[int]:
+    """Of the right half."""
+    right = picture[:, -WIDTH:].astype(float).mean(axis=0)
+    return [int(column) for column in np.flatnonzero(right > right.min() + 0.6 * (right.max() - right.min()))]
+
+
+@pytest.mark.parametrize("frames", [1, 5, 20])
+def test_film_has_every_frame_in_order_raw_on_the_left(tmp_path: Path, frames: int) -> None:
+    av = pytest.importorskip("av", reason="films need av: pip install 'emstream[files]'")
+    write(tmp_path / "c.mp4", frames)
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        pictures = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    assert len(pictures) == frames
+    for n, picture in enumerate(pictures):
+        assert picture.shape == (HEIGHT, 2 * WIDTH + 8)
+        assert set(bright_columns(picture)) & {2 * n, 2 * n + 1}
+        assert picture[:, :WIDTH].std() > 30
+    assert [path.name for path in tmp_path.iterdir()] == ["c.mp4"]
+
+
+def test_animation_lasts_as_long_as_its_rate_says(tmp_path: Path) -> None:
+    write(tmp_path / "c.gif", 12, rate=20.0)
+    with PIL.open(tmp_path / "c.gif") as image:
+        assert image.n_frames == 12
+        assert image.info["duration"] == 50
+        image.seek(7)
+        assert set(bright_columns(np.asarray(image.convert("L")))) >= {14, 15}
+
+
+@pytest.mark.parametrize(("frames", "shown"), [(1, [0]), (2, [0, 1]), (30, [0, 10, 19, 29])])
+def test_sheet_shows_frames_from_the_first_to_the_last(tmp_path: Path, frames: int, shown: list[int]) -> None:
+    write(tmp_path / "c.png", frames)
+    sheet = np.asarray(PIL.open(tmp_path / "c.png"))
+    assert sheet.shape[0] == len(shown) * (HEIGHT + 8) - 8
+    for row, n in enumerate(shown):
+        picture = sheet[row * (HEIGHT + 8) :][:HEIGHT]
+        if 2 * n < WIDTH:
+            assert bright_columns(picture) == [2 * n, 2 * n + 1]
+
+
+def test_scale_bar_is_as_long_as_it_says() -> None:
+    picture = np.zeros((400, 500), np.uint8)
+    draw_scale_bar(picture, 1e-10)
+    assert (picture[400 - 14] == 255).sum() == 101  # 10 nm, both ends drawn
+
+
+def test_frames_with_a_pixel_size_get_a_scale_bar(tmp_path: Path) -> None:
+    flat = np.zeros((400, 500), np.float32)
+    for size, name in ((None, "without"), (1e-10, "with")):
+        with Comparison(tmp_path / f"{name}.png", 1, pixel_size_m=size) as comparison:
+            comparison.add(flat, flat)
+    with_bar, without = (np.asarray(PIL.open(tmp_path / f"{name}.png")) for name in ("with", "without"))
+    assert (with_bar[:, :500] == without[:, :500]).all()
+    assert (with_bar[:, 508:] > without[:, 508:]).sum() > 100
+
+
+def test_large_frames_are_binned_and_grey_levels_kept(tmp_path: Path) -> None:
+    frame = np.repeat(np.arange(2048, dtype=np.float32)[None], 2048, axis=0)
+    with Comparison(tmp_path / "c.png", 1) as comparison:
+        comparison.add(frame, frame)
+    sheet = np.asarray(PIL.open(tmp_path / "c.png"))
+    assert sheet.shape == (1024, 2056)
+    assert np.abs(sheet[0, 1032:].astype(int) - np.linspace(0, 255, 1024)).max() < 4
+    assert (binned(np.ones((3, 5, 7)), 2) == 1).all()
+    assert grey(np.array([[0.0, 1.0, 9.0]]), 1, 2).tolist() == [[0, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("c.avi", r"one of \.mp4, \.gif, \.png, got '\.avi'"), ("no/c.gif", "there is no folder")],
+)
+def test_comparison_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    with pytest.raises(FileFormatError, match=text):
+        Comparison(tmp_path / name, 3)
+
+
+def test_existing_comparison_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "c.gif").write_text("mine")
+    with pytest.raises(FileFormatError, match="exists already"):
+        write(tmp_path / "c.gif", 2)
+    assert (tmp_path / "c.gif").read_text() == "mine"
+
+
+def test_failure_on_the_way_leaves_no_comparison(tmp_path: Path) -> None:
+    for name in ("c.gif", "c.png", "c.mp4"):
+        if name == "c.mp4":
+            pytest.importorskip("av")
+
+        def fail(name: str = name) -> None:
+            with Comparison(tmp_path / name, 20) as comparison:
+                for n in range(10):
+                    comparison.add(*pair(n))
+                raise RuntimeError("the engine")
+
+        with pytest.raises(RuntimeError, match="the engine"):
+            fail()
+        assert not list(tmp_path.iterdir())
+
+
+def test_denoise_writes_the_comparison_beside_its_output(tmp_path: Path) -> None:
+    frames = [pair(n)[0] for n in range(9)]
+    save_movie(tmp_path / "in.npy", frames, shape=(9, HEIGHT, WIDTH), dtype=np.uint8)
+    report = denoise_file(
+        tmp_path / "in.npy", tmp_path / "out.npy", IdentityEngine(), compare=tmp_path / "c.gif"
+    )
+    assert report["compare"] == str(tmp_path / "c.gif")
+    with PIL.open(tmp_path / "c.gif") as image:
+        assert image.n_frames == 9

@@ -1,0 +1,141 @@
+"""``emstream status``: the service's own figures, read from its statistics alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+from rich.console import Console
+
+from emstream import wire
+from emstream.errors import SourceError
+from emstream.inference import IdentityEngine
+from emstream.status import panel, status_once, statuses
+from tests.conftest import Rig, exact, message
+from tests.test_view import CARD
+
+SILENT_S = 20.0
+
+
+@pytest.fixture
+def run(rig: Callable[..., Rig]) -> Rig:
+    engine = IdentityEngine()
+    engine.card = CARD
+    run = rig(engine=engine)
+    run.start()
+    return run
+
+
+def send(run: Rig, number: int, counts: int = 2) -> None:
+    run.camera.send_multipart(message(number, np.full((32, 48), counts, np.uint8)))
+
+
+def until(heard: Iterator[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    """The first of the next figures that say `wanted`."""
+    for _, status in zip(range(20), heard, strict=False):
+        if all(status.get(key) == value for key, value in wanted.items()):
+            return status
+    raise AssertionError(f"never saw {wanted}; last was {status}")
+
+
+def printed(status: dict[str, Any]) -> str:
+    console = Console(width=120, file=StringIO())
+    console.print(panel(status))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_figures_are_those_of_the_service(run: Rig) -> None:
+    send(run, 0)
+    send(run, 3)
+    run.wait(lambda ledger: ledger["published"] == 2)
+    status = until(statuses(run.service.publisher.endpoint, silent_s=SILENT_S), state="live")
+    assert exact(status["ledger"])
+    assert (status["ledger"]["published"], status["ledger"]["missing"]) == (2, 2)
+    newest = status["newest"]
+    assert (newest["frame"], newest["series"], newest["source"], newest["shape"]) == (
+        3,
+        "1",
+        "test",
+        [32, 48],
+    )
+    assert (newest["dose"], newest["in_domain"]) == (2.0, True)
+    assert status["alarms"] == ["2 missing"]
+    assert status["engine"]["name"] == "identity"
+    assert status["latency_ms"].keys() >= {"p50", "p99", "max", "batched_to_inferred"}
+    json.dumps(status, allow_nan=False)
+
+
+def test_service_without_a_camera_is_waiting_and_one_that_falls_silent_is_said_to(run: Rig) -> None:
+    heard = statuses(run.service.publisher.endpoint, silent_s=SILENT_S)
+    assert until(heard, state="waiting")["alarms"] == []
+    send(run, 0)
+    assert until(heard, state="live")
+    quiet = until(heard, state="quiet")
+    assert quiet["frames_per_s"] == 0
+    assert "the camera is silent" in printed(quiet)
+    run.stop()
+
+
+def test_dose_outside_the_domain_is_an_alarm(run: Rig) -> None:
+    send(run, 0, counts=9)
+    run.wait(lambda ledger: ledger["published"] == 1)
+    status = until(statuses(run.service.publisher.endpoint, silent_s=SILENT_S), state="live")
+    assert status["alarms"] == ["dose outside the engine's range"]
+    assert "dose outside the engine's range" in printed(status)
+
+
+def test_nobody_there_is_a_source_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"nothing heard from ipc://.* within 0.05 s; is emstream serve"):
+        status_once(f"ipc://{tmp_path}/nobody", silent_s=0.05)
+
+
+def test_silence_is_shown_with_the_last_figures(run: Rig) -> None:
+    send(run, 0)
+    run.wait(lambda ledger: ledger["published"] == 1)
+    heard = statuses(run.service.publisher.endpoint, silent_s=2.0)
+    until(heard, state="live")
+    run.stop()
+    run.service.close()
+    status = until(heard, state="silent")
+    assert status["ledger"]["published"] == 1
+    assert "has emstream serve stopped?" in printed(status)
+
+
+def test_rate_is_that_of_the_last_second(tmp_path: Path, context: zmq.Context[Any]) -> None:
+    publisher, endpoint = context.socket(zmq.XPUB), f"ipc://{tmp_path}/out"
+    publisher.bind(endpoint)
+    heard = statuses(endpoint, silent_s=SILENT_S)
+
+    def say(published: int, sent_ns: int) -> dict[str, Any]:
+        stats = {"htype": wire.STATS, "ledger": {"published": published}, "sent_ns": sent_ns}
+        publisher.send_multipart([b"stats", wire.pack(stats)])
+        return next(heard)
+
+    subscribed = wait_for_subscriber(publisher, heard)
+    assert subscribed["state"] == "waiting"
+    assert say(100, 1_000_000_000)["frames_per_s"] is None
+    assert say(140, 2_000_000_000)["frames_per_s"] == 40
+    assert say(3, 3_000_000_000)["frames_per_s"] is None  # another run of the service
+    heard.close()
+    publisher.close(linger=0)
+
+
+def wait_for_subscriber(publisher: Any, heard: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Send nonsense until it is heard; the first figures."""
+    first: list[dict[str, Any]] = []
+    listening = threading.Thread(target=lambda: first.append(next(heard)))
+    listening.start()
+    assert publisher.poll(20_000)
+    publisher.recv()
+    publisher.send_multipart([b"stats", b"\xff"])
+    nonsense = {"htype": wire.STATS, "ledger": [1], "newest": {"shape": "x", "frame": None}, "engine": 3}
+    publisher.send_multipart([b"stats", wire.pack(nonsense)])
+    listening.join(20)
+    return first[0]
