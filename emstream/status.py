@@ -68,7 +68,7 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
 
 
 def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
-    """The figures of the last second; raises SourceError when nothing is heard."""
+    """The figures of the last second; raises SourceError when nothing is heard, or nothing more."""
     heard = statuses(endpoint, silent_s=silent_s)
     first, second = next(heard), None
     if first["state"] != "silent":
@@ -76,6 +76,8 @@ def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
     heard.close()
     if second is None:
         raise SourceError(f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running?")
+    if second["state"] == "silent":
+        raise SourceError(f"{endpoint} fell silent {silent_s:g} s ago; has emstream serve stopped?")
     return second
 
 

@@ -100,6 +100,24 @@ def test_nobody_there_is_a_source_error(tmp_path: Path) -> None:
         status_once(f"ipc://{tmp_path}/nobody", silent_s=0.05)
 
 
+def test_service_that_falls_silent_is_a_source_error_for_scripts(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    publisher, endpoint = context.socket(zmq.XPUB), f"ipc://{tmp_path}/out"
+    publisher.bind(endpoint)
+
+    def speak_once() -> None:
+        assert publisher.poll(20_000)
+        publisher.send_multipart([b"stats", wire.pack({"htype": wire.STATS})])
+
+    speaking = threading.Thread(target=speak_once)
+    speaking.start()
+    with pytest.raises(SourceError, match=r"ipc://.* fell silent 1 s ago; has emstream serve stopped\?"):
+        status_once(endpoint, silent_s=1.0)
+    speaking.join()
+    publisher.close(linger=0)
+
+
 def test_silence_is_shown_with_the_last_figures(run: Rig) -> None:
     send(run, 0)
     run.wait(lambda ledger: ledger["published"] == 1)

@@ -450,8 +450,23 @@ def test_tiff_holds_every_pixel_of_both_sides_and_every_header_field(
         np.testing.assert_array_equal(movie[0], counts(5))
 
 
+def test_header_without_a_word_in_json_is_saved_all_the_same(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(5, extra={"drift": float("nan"), "tilt": [float("inf")], "key": {b"\xff": b"\x00"}})
+        header, _ = viewer.until(frame=5)
+        status, _, content = status_of(view, f"/header.json?key={header['key']}")
+        saved, _, tiff = status_of(view, f"/snapshot.tif?key={header['key']}")
+    assert (status, saved) == (200, 200)
+    assert {"drift": "nan", "tilt": ["inf"], "key": {"ff": "00"}}.items() <= json.loads(content)[
+        "raw"
+    ].items()
+    with tifffile.TiffFile(BytesIO(tiff)) as file:
+        assert json.loads(file.series[0].keyframe.description)["drift"] == "nan"
+
+
 def test_header_of_a_frame_that_is_gone_is_not_found(camera: Camera, view: ViewServer) -> None:
-    for path in ("/snapshot.tif?key=99", "/header.json?key=99", "/header.json", "/header.json?key=-1"):
+    paths = ("/snapshot.tif?key=99", "/header.json?key=99", "/header.json", "/header.json?key=-1")
+    for path in (*paths, "/header.json?key=" + 5000 * "9"):
         status, _, body = status_of(view, path)
         assert status == 404
         assert b"no longer kept" in body
@@ -534,6 +549,12 @@ def test_page_for_other_machines_asks_for_a_token(tmp_path: Path) -> None:
             f"ws://{address}/live", origin=Origin(f"http://{address}"), additional_headers=headers
         ) as connection:
             Viewer(connection).take()
+
+
+def test_printed_address_lets_in_whatever_the_token_holds(tmp_path: Path) -> None:
+    with ViewServer(f"ipc://{tmp_path}/nobody", port=0, token="a&b=c d+e#f%21") as view:
+        path = view.url.partition(f":{view.port}")[2]
+        assert status_of(view, path)[0] == 303
 
 
 def test_loopback_needs_no_token_unless_one_is_given() -> None:

@@ -33,6 +33,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -68,6 +69,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _FILE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_LONGEST_KEY = 16  # digits
 _NOT_KEPT = "this frame is no longer kept; pause first, then save"
 
 
@@ -104,7 +106,7 @@ class ViewServer:
     def url(self) -> str:
         """What to open in a browser; with port 0 it is known once the server has started."""
         return f"http://{public_name(self.host)}:{self.port}/" + (
-            f"?token={self.token}" if self.token else ""
+            f"?token={quote(self.token, safe='')}" if self.token else ""
         )
 
     def start(self) -> None:
@@ -288,7 +290,7 @@ class ViewServer:
     def _asked_for(self, request: HttpRequest) -> Pair | None:
         """The pair of a request's ``key``, as long as it is kept or on somebody's screen."""
         asked = request.query_params.get("key", "")
-        if not asked.isascii() or not asked.isdecimal():
+        if len(asked) > _LONGEST_KEY or not asked.isascii() or not asked.isdecimal():
             return None
         if found := self._receiver.history.find(int(asked)):
             return found[-1]
