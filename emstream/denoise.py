@@ -38,7 +38,8 @@ def denoise_file(
     Parameters
     ----------
     input, output
-        Any formats of `emstream.movies`. `output` appears when it is whole; after an error there is none.
+        Any formats of `emstream.movies`. `output` appears when it is whole, and `compare` right after it;
+        after an error there is neither.
     engine
         Stays open. Its identity goes with the output, where the format has a place for it.
     gain, offset
@@ -60,7 +61,7 @@ def denoise_file(
 
     Raises FileFormatError for files that cannot be read or written and pixels that cannot be
     electron counts (NaN, a negative mean), EngineError when the engine fails, ValueError for a
-    gain or offset that makes no sense.
+    gain, offset or rate that makes no sense.
     """
     check_calibration(gain, offset)
     input, output = Path(input), Path(output)
@@ -68,7 +69,7 @@ def denoise_file(
         raise FileFormatError(f"{output} is the input itself; choose another name for the output")
     check_output(output, overwrite)
     if compare is not None:
-        check_comparison(compare, overwrite)
+        check_comparison(compare, overwrite, rate)
     start_s = time.perf_counter()
     with open_movie(input, dataset) as movie, contextlib.ExitStack() as stack:
         run = _Run(movie, engine, float(gain), float(offset), on_frame)
@@ -173,6 +174,8 @@ class _Run:
                     yield self._collect(flying)
                     if self.on_frame:
                         self.on_frame(number + 1 - len(flying), frames)
+            if self.comparison is not None:  # before the output is put in its place
+                self.comparison.finish()
         finally:
             # The engine may still write into frames in flight: wait before their memory goes.
             while flying:
