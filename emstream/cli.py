@@ -504,14 +504,24 @@ def denoise(
             raise typer.BadParameter(f"one comparison is of one movie, and {input} is a folder")
         else:
             reports: dict[str, Any] = {}
+            skipped: list[str] = []
             for path, result in denoise_folder(input, output, loaded, suffix, **options):
                 if isinstance(result, EmstreamError):
                     failed[path.name] = str(result)
                     typer.echo(printable_lines(f"error: {result}"), err=True)
+                elif result is None:
+                    skipped.append(path.name)
                 else:
                     reports[path.name] = result
                     _warn_of_the_dose(path, result)
-            report = {"files": reports, "failed": failed}
+            report = {"files": reports, "skipped": skipped, "failed": failed}
+            if skipped:
+                total = len(reports) + len(skipped) + len(failed)
+                typer.echo(
+                    f"{len(skipped)} of {total} exist in {output} already and were skipped; "
+                    "--overwrite makes them again",
+                    err=True,
+                )
     _print_report(report, as_json)
     if failed:
         raise typer.Exit(1)

@@ -116,11 +116,18 @@ def denoise_file(
 
 
 def denoise_folder(
-    input: Path, output: Path, engine: Engine, suffix: str = ".tif", **options: Any
-) -> Generator[tuple[Path, dict[str, Any] | EmstreamError]]:
+    input: Path,
+    output: Path,
+    engine: Engine,
+    suffix: str = ".tif",
+    *,
+    overwrite: bool = False,
+    **options: Any,
+) -> Generator[tuple[Path, dict[str, Any] | EmstreamError | None]]:
     """Denoise every movie of a folder into the folder `output`, as `denoise_file` does each.
 
     Yields each input's path with its report, or with what went wrong with it; the others go on.
+    One whose output exists is skipped, and comes with None, unless `overwrite` is set.
     Raises FileFormatError when there is nothing to do.
     """
     movies = [path for path in sorted(input.iterdir()) if path.suffix.lower() in READABLE and path.is_file()]
@@ -131,8 +138,12 @@ def denoise_folder(
     for path in movies:
         # Two inputs of one name and different formats keep their suffix in the output's name.
         name = path.stem if names.count(path.stem) == 1 else path.name.replace(".", "-")
+        into = output / f"{name}{suffix}"
+        if into.is_file() and not overwrite and not into.samefile(path):
+            yield path, None
+            continue
         try:
-            yield path, denoise_file(path, output / f"{name}{suffix}", engine, **options)
+            yield path, denoise_file(path, into, engine, overwrite=overwrite, **options)
         except EmstreamError as error:
             yield path, error
 
