@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -154,6 +156,24 @@ def test_average_begins_again_with_a_series_and_a_frame_size() -> None:
     np.testing.assert_array_equal(mean, (past[1].raw.data.astype(float) + past[2].raw.data) / 2)
     smaller = pair(4, np.ones((8, 8), np.uint8), series=2)
     assert RunningAverage().of([*past, smaller], 8)[1] == 1
+
+
+def test_average_that_nobody_wants_keeps_no_frames() -> None:
+    painter, past = Painter(), [pair(key) for key in range(1, 6)]
+    painter.paint(past, Request(average=4))
+    raw = weakref.ref(past[2].raw.data)
+    del past[:4]
+    gc.collect()
+    assert raw() is not None
+    painter.keep_averages({1, 8})
+    gc.collect()
+    assert raw() is None
+
+
+@pytest.mark.parametrize("frames", [3, 63, 65, 128])
+def test_averages_are_of_a_few_widths_only(frames: int) -> None:
+    with pytest.raises(ValueError, match="average must be"):
+        parse(json.dumps({"average": frames}))
 
 
 # -- spectra -----------------------------------------------------------------------

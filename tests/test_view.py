@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib
 import json
+import queue
 import re
 import socket
 import sys
@@ -337,6 +338,41 @@ def test_contrast_by_hand_is_what_was_asked_for(camera: Camera, view: ViewServer
     assert_shows(pixels["raw"], header["raw"], counts(0))
     low, high = np.percentile(counts(0), [10, 90])
     assert (header["denoised"]["low"], header["denoised"]["high"]) == pytest.approx((low, high))
+
+
+def test_averages_go_with_those_who_look_at_them_and_one_thread_paints_for_all(
+    camera: Camera, view: ViewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    kept: queue.Queue[set[int]] = queue.Queue()
+    paint, keep = Painter._paint, Painter.keep_averages
+
+    def noted(painter: Painter, pairs: Sequence[Pair], request: Request) -> Picture:
+        threads.add(threading.current_thread().name)
+        return paint(painter, pairs, request)
+
+    def forgotten(painter: Painter, widths: set[int]) -> None:
+        keep(painter, widths)
+        threads.add(threading.current_thread().name)
+        kept.put(set(painter._averages))
+
+    monkeypatch.setattr(Painter, "_paint", noted)
+    monkeypatch.setattr(Painter, "keep_averages", forgotten)
+    with watching(view) as one, watching(view) as other:
+        one.ask(average=4)
+        other.ask(average=8)
+        for number in range(3):
+            camera.send(number)
+            for viewer in (one, other):
+                viewer.until(frame=number, averaged=number + 1)
+                viewer.acknowledge()
+        while not kept.empty():
+            kept.get()
+        one.ask(average=1)
+        assert kept.get(timeout=DEADLINE_S) == {8}
+    # Both are gone, in whatever order.
+    assert set() in (kept.get(timeout=DEADLINE_S), kept.get(timeout=DEADLINE_S))
+    assert threads == {"view-painter_0"}
 
 
 def test_average_is_that_of_the_last_raw_frames(camera: Camera, view: ViewServer) -> None:
