@@ -158,7 +158,7 @@ def _everybody(url: str, arguments: Any) -> Iterator[_Crowd]:
         for number in range(arguments.viewers):
             zoomed = {"region": [8 * number, 0, arguments.size // 2, arguments.size // 2]} if number else {}
             viewer = stack.enter_context(_open(url))
-            viewer.send(json.dumps({**zoomed, "average": 1 + number % 3}))
+            viewer.send(json.dumps({**zoomed, "average": 1 << number % 3}))
             _start(stack, _look, viewer, crowd.counts, f"viewer {number}", stop)
         stuck = stack.enter_context(_open(url))
         stuck.send("{}")  # and nothing is read from it any more

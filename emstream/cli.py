@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from emstream.errors import EmstreamError, OutputError, SourceError
 from emstream.intake import Overrun
+from emstream.printable import PrintableFormatter, printable, printable_lines
 
 if TYPE_CHECKING:
     from emstream.record import RecorderProcess
@@ -33,10 +34,11 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except EmstreamError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(printable_lines(f"error: {error}"), err=True)
             raise typer.Exit(1) from None
         except ValueError as error:
-            typer.echo(f"error: {error}\nTry 'emstream {ctx.invoked_subcommand} --help'.", err=True)
+            typer.echo(printable_lines(f"error: {error}"), err=True)
+            typer.echo(f"Try 'emstream {ctx.invoked_subcommand} --help'.", err=True)
             raise typer.Exit(2) from None
 
 
@@ -85,11 +87,9 @@ def _setup(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every rejected frame.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[to_stderr])
     if version:
         import emstream
 
@@ -472,6 +472,7 @@ def denoise(
     Example: **emstream denoise noisy.tif clean.tif --compare talk.mp4**
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from emstream.denoise import denoise_file, denoise_folder
@@ -487,7 +488,7 @@ def denoise(
         closing(load_engine(engine, precision=precision, threads=threads, device=device)) as loaded,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
-        task = progress.add_task(input.name, total=None)
+        task = progress.add_task(escape(printable(input.name)), total=None)
         failed: dict[str, str] = {}
         options: dict[str, Any] = {
             "gain": gain,
@@ -503,14 +504,24 @@ def denoise(
             raise typer.BadParameter(f"one comparison is of one movie, and {input} is a folder")
         else:
             reports: dict[str, Any] = {}
+            skipped: list[str] = []
             for path, result in denoise_folder(input, output, loaded, suffix, **options):
                 if isinstance(result, EmstreamError):
                     failed[path.name] = str(result)
-                    typer.echo(f"error: {result}", err=True)
+                    typer.echo(printable_lines(f"error: {result}"), err=True)
+                elif result is None:
+                    skipped.append(path.name)
                 else:
                     reports[path.name] = result
                     _warn_of_the_dose(path, result)
-            report = {"files": reports, "failed": failed}
+            report = {"files": reports, "skipped": skipped, "failed": failed}
+            if skipped:
+                total = len(reports) + len(skipped) + len(failed)
+                typer.echo(
+                    f"{len(skipped)} of {total} exist in {output} already and were skipped; "
+                    "--overwrite makes them again",
+                    err=True,
+                )
     _print_report(report, as_json)
     if failed:
         raise typer.Exit(1)
@@ -637,6 +648,7 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     table = Table(show_header=False, box=None)
@@ -647,7 +659,7 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
             value = "  ".join(
                 f"{key} {_text(each)}" for key, each in value.items() if not isinstance(each, dict)
             )
-        table.add_row(name, _text(value))
+        table.add_row(Text(printable(name)), Text(printable_lines(_text(value))))
     console.print(table)
 
 

@@ -7,8 +7,12 @@ drawn where the pixel size is known.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import struct
+from collections.abc import Generator
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,24 +28,33 @@ _PERCENTILES = (0.5, 99.5)
 _GAP_PX = 8
 _WHITE, _PAPER = 255, 24
 _LARGEST_SIDE_PX = 1024
+_RATES = {".mp4": (0.01, 240.0), ".gif": (0.01, 50.0), ".png": (0.01, 240.0)}
+"""[frames/s]; what shows a .gif takes at least 20 ms for each frame."""
 
 
-def check_comparison(path: Path, overwrite: bool = False) -> None:
-    """Raise FileFormatError for a path that `Comparison` would refuse."""
+def check_comparison(path: Path, overwrite: bool = False, rate: float = 10.0) -> None:
+    """Raise FileFormatError for a path and ValueError for a `rate` [frames/s] that `Comparison` would refuse."""
     if path.suffix.lower() not in SUFFIXES:
         raise FileFormatError(f"{path}: a comparison is one of {', '.join(SUFFIXES)}, got {path.suffix!r}")
     if not path.parent.is_dir():
         raise FileFormatError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise FileFormatError(f"{path} cannot be written: it is a folder; name a file")
     if path.exists() and not overwrite:
         raise FileFormatError(f"{path} exists already; choose another name or allow it to be overwritten")
     if importlib.util.find_spec("PIL") is None:
         raise FileFormatError(f"{path} needs the package pillow: pip install 'emstream[files]'")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("av") is None:
         raise FileFormatError(f"{path} needs the package av: pip install 'emstream[files]'; .gif does not")
+    low, high = _RATES[path.suffix.lower()]
+    if not low <= rate <= high:
+        raise ValueError(
+            f"the rate of a {path.suffix} must be from {low:g} to {high:g} frames/s, got {rate:g} frames/s"
+        )
 
 
 class Comparison:
-    """Takes pairs of frames in order and writes `path` when it is closed without an error."""
+    """Takes pairs of frames in order; `path` appears when the ``with`` block ends without an error."""
 
     def __init__(
         self,
@@ -53,9 +66,7 @@ class Comparison:
         overwrite: bool = False,
     ) -> None:
         """`frames` how many there will be; `rate` [frames/s] of the film."""
-        check_comparison(path, overwrite)
-        if not rate > 0:
-            raise ValueError(f"the film's rate must be positive, got {rate} frames/s")
+        check_comparison(path, overwrite, rate)
         self._path, self._rate, self._pixel_size_m = path, rate, pixel_size_m
         self._part = path.with_name(f".{path.stem}.part{path.suffix}")
         sheet = path.suffix.lower() == ".png"
@@ -65,19 +76,34 @@ class Comparison:
         self._early: list[tuple[np.ndarray, np.ndarray]] = []
         self._levels: tuple[tuple[float, float], tuple[float, float]] | None = None
         self._tiles: list[np.ndarray] = []
-        self._film: Any = None
+        self._film: _Film | _Animation | None = None
+        self._is_whole = False
 
     def add(self, raw: np.ndarray, denoised: np.ndarray) -> None:
         """The next frame, (H, W) each [electrons]."""
         number, self._number = self._number, self._number + 1
         if self._wanted is not None and number not in self._wanted:
             return
-        if self._levels is not None:
-            self._draw(raw, denoised)
-            return
-        self._early.append((raw.copy(), denoised.copy()))
-        if len(self._early) == _LOOK_AT:
-            self._begin()
+        if self._levels is None:
+            self._early.append((raw.copy(), denoised.copy()))
+            if len(self._early) < _LOOK_AT:
+                return
+        with _told(self._path):
+            if self._early:
+                self._begin()
+            else:
+                self._draw(raw, denoised)
+
+    def finish(self) -> None:
+        """After the last frame: write what is left. The file has another name until the ``with`` block ends.
+
+        Raises FileFormatError when it cannot be written.
+        """
+        if not self._is_whole:
+            with _told(self._path):
+                self._begin()
+                self._finish()
+            self._is_whole = True
 
     def __enter__(self) -> Comparison:
         return self
@@ -87,12 +113,12 @@ class Comparison:
     ) -> None:
         try:
             if kind is None:
-                self._begin()
-                self._finish()
-                self._part.replace(self._path)
+                self.finish()
+                with _told(self._path):
+                    self._part.replace(self._path)
         finally:
             if self._film is not None:
-                self._film.close()
+                self._film.abandon()
             self._part.unlink(missing_ok=True)
 
     # -- drawing --------------------------------------------------------------------
@@ -117,11 +143,18 @@ class Comparison:
             draw_scale_bar(sides[1], self._pixel_size_m * shrink)
         gap = np.full((sides[0].shape[0], _GAP_PX), _PAPER, np.uint8)
         picture = np.hstack([sides[0], gap, sides[1]])
-        if self._path.suffix.lower() == ".mp4":
-            self._film = self._film or _Film(self._part, picture.shape, self._rate)
-            self._film.add(picture)
-        else:
+        if self._path.suffix.lower() == ".png":
             self._tiles.append(picture)
+            return
+        if self._film is None:
+            if min(sides[0].shape) < 2:
+                raise FileFormatError(
+                    f"{self._path}: a film takes frames of at least 2x2 px, got {raw.shape[0]}x{raw.shape[1]}; "
+                    "a .png takes any"
+                )
+            kind = _Film if self._path.suffix.lower() == ".mp4" else _Animation
+            self._film = kind(self._part, picture.shape, self._rate)
+        self._film.add(picture)
 
     def _finish(self) -> None:
         from PIL import Image
@@ -129,9 +162,6 @@ class Comparison:
         if self._film is not None:
             self._film.close()
             self._film = None
-        elif self._path.suffix.lower() == ".gif":
-            first, *others = (Image.fromarray(tile) for tile in self._tiles)
-            first.save(self._part, save_all=True, append_images=others, duration=1000 / self._rate, loop=0)
         else:
             gap = np.full((_GAP_PX, self._tiles[0].shape[1]), _PAPER, np.uint8)
             rows = [part for tile in self._tiles for part in (tile, gap)]
@@ -146,7 +176,7 @@ class _Film:
 
         self._av = av
         self._container: Any = av.open(str(path), "w")
-        self._stream: Any = self._container.add_stream("h264", rate=round(rate) or 1)
+        self._stream: Any = self._container.add_stream("h264", rate=Fraction(rate).limit_denominator(1000))
         self._stream.height, self._stream.width = (
             length - length % 2 for length in shape
         )  # it takes even ones
@@ -159,10 +189,54 @@ class _Film:
         self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        if self._container is not None:
-            self._container.mux(self._stream.encode())
+        self._container.mux(self._stream.encode())
+        self._container.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(Exception):
             self._container.close()
-            self._container = None
+
+
+class _Animation:
+    """GIF89a without end, written frame by frame: Pillow's own way of writing one keeps them all."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], rate: float) -> None:
+        height, width = shape
+        self._rate, self._number = rate, 0
+        greys = bytes(level for level in range(256) for _ in "rgb")
+        head = struct.pack("<6sHHBBB", b"GIF89a", width, height, 0xF7, 0, 0)
+        for_ever = b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"
+        self._file = path.open("wb")
+        self._file.write(head + greys + for_ever)
+
+    def add(self, picture: np.ndarray) -> None:
+        from PIL import GifImagePlugin, Image
+
+        start, end = (round(100 * n / self._rate) for n in (self._number, self._number + 1))  # [10 ms]
+        self._number += 1
+        parts = GifImagePlugin.getdata(Image.fromarray(picture), duration=10 * (end - start))
+        self._file.writelines(parts)
+        parts.clear()  # Pillow's cycle of references would keep it
+
+    def close(self) -> None:
+        self._file.write(b";")
+        self._file.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Generator[None]:
+    """What a library says when it cannot write, as a FileFormatError."""
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except Exception as error:  # av raises dozens of types
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise FileFormatError(f"{path} cannot be written: {reason}") from error
 
 
 def binned(frames: np.ndarray, by: int) -> np.ndarray:

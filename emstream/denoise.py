@@ -38,7 +38,8 @@ def denoise_file(
     Parameters
     ----------
     input, output
-        Any formats of `emstream.movies`. `output` appears when it is whole; after an error there is none.
+        Any formats of `emstream.movies`. `output` appears when it is whole, and `compare` right after it;
+        after an error there is neither.
     engine
         Stays open. Its identity goes with the output, where the format has a place for it.
     gain, offset
@@ -60,7 +61,7 @@ def denoise_file(
 
     Raises FileFormatError for files that cannot be read or written and pixels that cannot be
     electron counts (NaN, a negative mean), EngineError when the engine fails, ValueError for a
-    gain or offset that makes no sense.
+    gain, offset or rate that makes no sense.
     """
     check_calibration(gain, offset)
     input, output = Path(input), Path(output)
@@ -68,7 +69,7 @@ def denoise_file(
         raise FileFormatError(f"{output} is the input itself; choose another name for the output")
     check_output(output, overwrite)
     if compare is not None:
-        check_comparison(compare, overwrite)
+        check_comparison(compare, overwrite, rate)
     start_s = time.perf_counter()
     with open_movie(input, dataset) as movie, contextlib.ExitStack() as stack:
         run = _Run(movie, engine, float(gain), float(offset), on_frame)
@@ -115,11 +116,18 @@ def denoise_file(
 
 
 def denoise_folder(
-    input: Path, output: Path, engine: Engine, suffix: str = ".tif", **options: Any
-) -> Generator[tuple[Path, dict[str, Any] | EmstreamError]]:
+    input: Path,
+    output: Path,
+    engine: Engine,
+    suffix: str = ".tif",
+    *,
+    overwrite: bool = False,
+    **options: Any,
+) -> Generator[tuple[Path, dict[str, Any] | EmstreamError | None]]:
     """Denoise every movie of a folder into the folder `output`, as `denoise_file` does each.
 
     Yields each input's path with its report, or with what went wrong with it; the others go on.
+    One whose output exists is skipped, and comes with None, unless `overwrite` is set.
     Raises FileFormatError when there is nothing to do.
     """
     movies = [path for path in sorted(input.iterdir()) if path.suffix.lower() in READABLE and path.is_file()]
@@ -130,8 +138,12 @@ def denoise_folder(
     for path in movies:
         # Two inputs of one name and different formats keep their suffix in the output's name.
         name = path.stem if names.count(path.stem) == 1 else path.name.replace(".", "-")
+        into = output / f"{name}{suffix}"
+        if into.is_file() and not overwrite and not into.samefile(path):
+            yield path, None
+            continue
         try:
-            yield path, denoise_file(path, output / f"{name}{suffix}", engine, **options)
+            yield path, denoise_file(path, into, engine, overwrite=overwrite, **options)
         except EmstreamError as error:
             yield path, error
 
@@ -173,6 +185,8 @@ class _Run:
                     yield self._collect(flying)
                     if self.on_frame:
                         self.on_frame(number + 1 - len(flying), frames)
+            if self.comparison is not None:  # before the output is put in its place
+                self.comparison.finish()
         finally:
             # The engine may still write into frames in flight: wait before their memory goes.
             while flying:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from emstream import wire
 from emstream.errors import MalformedFrame, SourceError
+from emstream.printable import printable
 from emstream.publish import STATS
 
 SILENT_S = 3.0  # the service says something every second
@@ -67,7 +68,7 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
 
 
 def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
-    """The figures of the last second; raises SourceError when nothing is heard."""
+    """The figures of the last second; raises SourceError when nothing is heard, or nothing more."""
     heard = statuses(endpoint, silent_s=silent_s)
     first, second = next(heard), None
     if first["state"] != "silent":
@@ -75,6 +76,8 @@ def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
     heard.close()
     if second is None:
         raise SourceError(f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running?")
+    if second["state"] == "silent":
+        raise SourceError(f"{endpoint} fell silent {silent_s:g} s ago; has emstream serve stopped?")
     return second
 
 
@@ -92,7 +95,9 @@ def panel(status: dict[str, Any]) -> RenderableType:
         return table
     table.add_row(
         "frame",
-        f"{_grouped(newest.get('frame'))}   series {newest.get('series', '-')}  {newest.get('source', '')}",
+        Text(
+            f"{_grouped(newest.get('frame'))}   series {newest.get('series', '-')}  {newest.get('source', '')}"
+        ),
     )
     inside = {True: "in the engine's range", False: "outside the engine's range"}.get(newest.get("in_domain"))
     table.add_row(
@@ -116,7 +121,7 @@ def panel(status: dict[str, Any]) -> RenderableType:
     )
     table.add_row("ledger", _ledger(status["ledger"]))
     name = f"{engine.get('name', '-')} {str(engine.get('sha256', ''))[:8]}"
-    table.add_row("engine", f"{name}   {engine.get('device', '')}")
+    table.add_row("engine", Text(f"{name}   {engine.get('device', '')}"))
     return table
 
 
@@ -161,7 +166,7 @@ def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> 
         "ledger": ledger,
         "latency_ms": latency,
         "engine": {
-            key: engine[key][:200]
+            key: printable(engine[key][:200])
             for key in ("name", "sha256", "device")
             if isinstance(engine, dict) and isinstance(engine.get(key), str)
         },
@@ -175,7 +180,7 @@ def _newest(message: Any) -> dict[str, Any]:
     if isinstance(message, dict):
         for key in ("source", "series", "units"):
             if isinstance(message.get(key), (str, int)):
-                found[key] = str(message[key])[:200]
+                found[key] = printable(str(message[key])[:200])
         if isinstance(message.get("in_domain"), bool):
             found["in_domain"] = message["in_domain"]
         shape = message.get("shape")

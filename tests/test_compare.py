@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,55 @@ def test_animation_lasts_as_long_as_its_rate_says(tmp_path: Path) -> None:
         assert image.info["duration"] == 50
         image.seek(7)
         assert set(bright_columns(np.asarray(image.convert("L")))) >= {14, 15}
+
+
+@pytest.mark.parametrize("rate", [0.3, 12.5, 29.97])
+def test_film_lasts_as_long_as_its_rate_says(tmp_path: Path, rate: float) -> None:
+    av = pytest.importorskip("av", reason="films need av: pip install 'emstream[files]'")
+    write(tmp_path / "c.mp4", 3, rate=rate)
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(rate, rel=1e-3)
+
+
+def test_animation_keeps_a_rate_that_is_no_multiple_of_10_ms(tmp_path: Path) -> None:
+    write(tmp_path / "c.gif", 30, rate=30.0)
+    with PIL.open(tmp_path / "c.gif") as image:
+        lasts_ms = [image.seek(n) or image.info["duration"] for n in range(image.n_frames)]
+        assert image.info["loop"] == 0
+    assert set(lasts_ms) == {30, 40}
+    assert sum(lasts_ms) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("c.gif", 51.0), ("c.mp4", 241.0), ("c.mp4", np.inf), ("c.gif", np.nan), ("c.mp4", 0.0)],
+)
+def test_rate_that_nothing_shows_is_refused_before_any_work(tmp_path: Path, name: str, rate: float) -> None:
+    if name.endswith(".mp4"):
+        pytest.importorskip("av", reason="films need av: pip install 'emstream[files]'")
+    with pytest.raises(ValueError, match=rf"from 0\.01 to .* frames/s, got {rate:g} frames/s"):
+        denoise_file(
+            tmp_path / "in.npy", tmp_path / "out.npy", IdentityEngine(), compare=tmp_path / name, rate=rate
+        )
+
+
+def test_memory_does_not_grow_with_the_length_of_an_animation(tmp_path: Path) -> None:
+    frame = np.random.default_rng(0).poisson(2.0, (128, 128)).astype(np.float32)
+    write(tmp_path / "before.gif", 9)  # imports are paid for
+    tracemalloc.start()
+    try:
+        with Comparison(tmp_path / "c.gif", 150) as comparison:
+            for _ in range(10):
+                comparison.add(frame, frame)
+            tracemalloc.reset_peak()  # the grey levels are fixed
+            for _ in range(140):
+                comparison.add(frame, frame)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    with PIL.open(tmp_path / "c.gif") as image:
+        assert image.n_frames == 150
+    assert peak < 40 * 128 * 264
 
 
 @pytest.mark.parametrize(("frames", "shown"), [(1, [0]), (2, [0, 1]), (30, [0, 10, 19, 29])])
@@ -141,3 +191,42 @@ def test_denoise_writes_the_comparison_beside_its_output(tmp_path: Path) -> None
     assert report["compare"] == str(tmp_path / "c.gif")
     with PIL.open(tmp_path / "c.gif") as image:
         assert image.n_frames == 9
+
+
+@pytest.mark.parametrize("step", ["_finish", "_draw"])
+@pytest.mark.parametrize("name", ["c.gif", "c.png", "c.mp4"])
+def test_comparison_that_fails_leaves_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: str
+) -> None:
+    if name == "c.mp4":
+        pytest.importorskip("av", reason="films need av: pip install 'emstream[files]'")
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such encoder")
+
+    monkeypatch.setattr(Comparison, step, fail)
+    source = tmp_path / "in.npy"
+    save_movie(source, [pair(n)[0] for n in range(9)], shape=(9, HEIGHT, WIDTH), dtype=np.uint8)
+    with pytest.raises(FileFormatError, match=rf"{name} cannot be written: no such encoder"):
+        denoise_file(source, tmp_path / "out.tif", IdentityEngine(), compare=tmp_path / name)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
+def test_film_of_frames_without_two_pixels_is_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    pytest.importorskip("av", reason="films need av: pip install 'emstream[files]'")
+    source = tmp_path / "in.npy"
+    np.save(source, np.ones((3, *shape), np.uint8))
+    for name in ("c.mp4", "c.gif"):
+        with pytest.raises(
+            FileFormatError, match=rf"at least 2x2 px, got {shape[0]}x{shape[1]}; a \.png takes"
+        ):
+            denoise_file(source, tmp_path / "out.npy", IdentityEngine(), compare=tmp_path / name)
+    denoise_file(source, tmp_path / "out.npy", IdentityEngine(), compare=tmp_path / "c.png")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_folder_is_no_comparison(tmp_path: Path) -> None:
+    (tmp_path / "c.png").mkdir()
+    with pytest.raises(FileFormatError, match="is a folder; name a file"):
+        Comparison(tmp_path / "c.png", 3, overwrite=True)

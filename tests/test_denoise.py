@@ -13,7 +13,9 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from emstream.cli import app
 from emstream.denoise import denoise_file, denoise_folder
 from emstream.errors import EngineError, EngineUnavailable, FileFormatError
 from emstream.inference import EngineCard, IdentityEngine
@@ -331,3 +333,39 @@ def test_folder_is_denoised_file_by_file_and_a_bad_one_stops_none(tmp_path: Path
 def test_folder_without_movies_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"holds no movie; they end in \.npy, \.tif"):
         list(denoise_folder(tmp_path, tmp_path / "out", IdentityEngine()))
+
+
+def test_second_run_over_a_folder_makes_what_is_missing(tmp_path: Path) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "b"):
+        np.save(folder / f"{name}.npy", movie())
+    list(denoise_folder(folder, output, IdentityEngine(), suffix=".npy"))
+    (output / "a.npy").unlink()
+    (output / "b.npy").write_bytes(b"mine")
+    done = dict(denoise_folder(folder, output, IdentityEngine(), suffix=".npy"))
+    assert done[folder / "b.npy"] is None
+    assert (output / "b.npy").read_bytes() == b"mine"
+    np.testing.assert_array_equal(read(output / "a.npy"), movie())
+    done = dict(denoise_folder(folder, output, IdentityEngine(), suffix=".npy", overwrite=True))
+    assert None not in done.values()
+    np.testing.assert_array_equal(read(output / "b.npy"), movie())
+
+
+def test_folder_into_itself_is_an_error_and_nothing_to_skip(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    done = dict(denoise_folder(tmp_path, tmp_path, IdentityEngine(), suffix=".npy"))
+    assert "is the input itself" in str(done[source])
+
+
+def test_skipped_files_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    saved(folder)
+    command = ["denoise", str(folder), str(tmp_path / "out"), "--engine", "identity", "--json"]
+    first, second = (CliRunner().invoke(app, command) for _ in range(2))
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    report = json.loads(second.stdout)
+    assert (report["files"], report["skipped"], report["failed"]) == ({}, ["in.npy"], {})
+    assert "1 of 1 exist in" in second.stderr
+    assert "--overwrite makes them again" in second.stderr

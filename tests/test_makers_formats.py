@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -129,6 +130,30 @@ def test_rubbish_is_explained(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(rubbish)
         with pytest.raises(FileFormatError, match=rf"m\{suffix} cannot be read"):
             open_movie(path)
+
+
+def test_ser_that_announces_more_than_it_has_takes_no_memory(tmp_path: Path) -> None:
+    write_ser(tmp_path / "m.ser", frames())
+    content = bytearray((tmp_path / "m.ser").read_bytes())
+    content[14:22] = b"\xff" * 8
+    (tmp_path / "m.ser").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileFormatError, match="it is cut short"):
+            open_movie(tmp_path / "m.ser")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [[1], [1, 1]])
+def test_berkeleys_type_may_be_an_array(tmp_path: Path, kind: list[int]) -> None:
+    write_berkeley(tmp_path / "m.emd", frames())
+    with h5py.File(tmp_path / "m.emd", "a") as file:
+        file["data/movie"].attrs["emd_group_type"] = kind
+        file["data"].attrs["emd_group_type"] = [0, 1]
+    with open_movie(tmp_path / "m.emd") as movie:
+        assert len(movie) == 5
 
 
 @pytest.mark.parametrize("suffix", [".dm3", ".dm4", ".hspy", ".tvips"])

@@ -431,6 +431,23 @@ def test_empty_dataset_of_a_h5_is_refused(tmp_path: Path) -> None:
     assert "is empty" in refusal(path, "movie")
 
 
+@pytest.mark.parametrize(
+    ("shape", "warned"), [((64, 64, 10), True), ((10, 64, 64), False), ((63, 64, 10), False)]
+)
+def test_stack_that_seems_to_have_its_frames_last_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shape: tuple[int, ...], warned: bool
+) -> None:
+    with open_movie(save(tmp_path / "m.npy", movie(shape))) as opened:
+        assert opened.shape == shape
+    said = "m.npy is read as 64 frames of 64x10 px; if it is 10 frames of 64x64, put the frames first: numpy.moveaxis"
+    assert [said in text for text in caplog.messages] == ([True] if warned else [])
+
+
+def test_stack_of_three_frames_last_is_not_only_called_colour(tmp_path: Path) -> None:
+    np.save(tmp_path / "m.npy", movie((3, 3, 3), np.uint8))
+    assert "colour images (3, 3, 3), or a stack with frames last" in refusal(tmp_path / "m.npy")
+
+
 @pytest.mark.parametrize("shape", [(20, 30, 3), (20, 30, 4), (5, 20, 30, 3)])
 def test_colour_images_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     colours = movie(shape, np.uint8)

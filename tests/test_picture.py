@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,7 +23,7 @@ from emstream.view.picture import Painter
 from emstream.view.request import PERCENTILES, Request, parse
 from emstream.view.scale import Scale, grey, histogram
 from emstream.view.shrink import average_squares, cut
-from emstream.view.snapshot import name_of
+from emstream.view.snapshot import name_of, portable
 from emstream.view.spectrum import spectrum
 from tests.test_view import assert_shows
 
@@ -155,6 +158,24 @@ def test_average_begins_again_with_a_series_and_a_frame_size() -> None:
     assert RunningAverage().of([*past, smaller], 8)[1] == 1
 
 
+def test_average_that_nobody_wants_keeps_no_frames() -> None:
+    painter, past = Painter(), [pair(key) for key in range(1, 6)]
+    painter.paint(past, Request(average=4))
+    raw = weakref.ref(past[2].raw.data)
+    del past[:4]
+    gc.collect()
+    assert raw() is not None
+    painter.keep_averages({1, 8})
+    gc.collect()
+    assert raw() is None
+
+
+@pytest.mark.parametrize("frames", [3, 63, 65, 128])
+def test_averages_are_of_a_few_widths_only(frames: int) -> None:
+    with pytest.raises(ValueError, match="average must be"):
+        parse(json.dumps({"average": frames}))
+
+
 # -- spectra -----------------------------------------------------------------------
 
 
@@ -246,6 +267,21 @@ def test_nonsense_of_any_kind_is_a_value_error(value: object) -> None:
             continue
         with pytest.raises(ValueError, match=key if key != "raw" else "contrast"):
             parse(json.dumps({key: value}))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.binary() | st.integers(), inner),
+    )
+)
+def test_any_header_is_strict_json(value: object) -> None:
+    json.dumps(portable({"extra": value}), allow_nan=False, ensure_ascii=False).encode()
+
+
+def test_header_keeps_what_json_has_no_word_for() -> None:
+    extra = {b"\x01": math.nan, "limits": (-math.inf, 2), 7: b"\xff", "\ud800": True}
+    assert portable(extra) == {"01": "nan", "limits": ["-inf", 2], "7": "ff", "?": True}
 
 
 def test_name_of_a_snapshot_is_safe_for_a_file() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from io import StringIO
@@ -15,8 +17,10 @@ import zmq
 from rich.console import Console
 
 from emstream import wire
+from emstream.cli import _print_report
 from emstream.errors import SourceError
 from emstream.inference import IdentityEngine
+from emstream.printable import PrintableFormatter
 from emstream.status import panel, status_once, statuses
 from tests.conftest import Rig, exact, message
 from tests.test_view import CARD
@@ -96,6 +100,24 @@ def test_nobody_there_is_a_source_error(tmp_path: Path) -> None:
         status_once(f"ipc://{tmp_path}/nobody", silent_s=0.05)
 
 
+def test_service_that_falls_silent_is_a_source_error_for_scripts(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    publisher, endpoint = context.socket(zmq.XPUB), f"ipc://{tmp_path}/out"
+    publisher.bind(endpoint)
+
+    def speak_once() -> None:
+        assert publisher.poll(20_000)
+        publisher.send_multipart([b"stats", wire.pack({"htype": wire.STATS})])
+
+    speaking = threading.Thread(target=speak_once)
+    speaking.start()
+    with pytest.raises(SourceError, match=r"ipc://.* fell silent 1 s ago; has emstream serve stopped\?"):
+        status_once(endpoint, silent_s=1.0)
+    speaking.join()
+    publisher.close(linger=0)
+
+
 def test_silence_is_shown_with_the_last_figures(run: Rig) -> None:
     send(run, 0)
     run.wait(lambda ledger: ledger["published"] == 1)
@@ -139,3 +161,50 @@ def wait_for_subscriber(publisher: Any, heard: Iterator[dict[str, Any]]) -> dict
     publisher.send_multipart([b"stats", wire.pack(nonsense)])
     listening.join(20)
     return first[0]
+
+
+HOSTILE = "[/x] \x1b]0;mine\x07\r\n\u202eend"
+TAMED = "[/x] \ufffd]0;mine\ufffd\ufffd\ufffd\ufffdend"
+
+
+def test_texts_from_the_wire_are_neither_markup_nor_orders_to_the_terminal(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    publisher, endpoint = context.socket(zmq.XPUB), f"ipc://{tmp_path}/out"
+    publisher.bind(endpoint)
+    heard = statuses(endpoint, silent_s=SILENT_S)
+    wait_for_subscriber(publisher, heard)
+    stats = {
+        "htype": wire.STATS,
+        "ledger": {"published": 1},
+        "newest": {"frame": 1, "source": HOSTILE, "series": HOSTILE},
+        "engine": {"name": HOSTILE, "device": HOSTILE},
+    }
+    publisher.send_multipart([b"stats", wire.pack(stats)])
+    status = next(heard)
+    heard.close()
+    publisher.close(linger=0)
+    assert {status["newest"]["source"], status["newest"]["series"]} == {TAMED}
+    assert {status["engine"]["name"], status["engine"]["device"]} == {TAMED}
+    assert printed(status).count("[/x]") == 4
+    assert "\x1b" not in printed(status)
+
+
+def test_log_lines_quote_what_they_got_and_do_not_obey_it() -> None:
+    record = logging.LogRecord("name", logging.INFO, "path", 1, "heard %s", (HOSTILE,), None)
+    assert PrintableFormatter("%(levelname)s %(message)s").format(record) == f"INFO heard {TAMED}"
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    lines = PrintableFormatter("%(message)s").format(record).split("\n")
+    assert lines[1].startswith("Traceback")
+    assert not any(set("\x1b\x07\r\u202e") & set(line) for line in lines)
+
+
+def test_reports_print_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_report({"[/x]": "runs/[bold]7[/y].tif", "device": {"name": HOSTILE}}, as_json=False)
+    out = capsys.readouterr().out
+    assert "[/x]" in out
+    assert "runs/[bold]7[/y].tif" in out
+    assert "\x1b" not in out

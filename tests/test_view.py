@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib
 import json
+import queue
 import re
 import socket
 import sys
@@ -339,6 +340,41 @@ def test_contrast_by_hand_is_what_was_asked_for(camera: Camera, view: ViewServer
     assert (header["denoised"]["low"], header["denoised"]["high"]) == pytest.approx((low, high))
 
 
+def test_averages_go_with_those_who_look_at_them_and_one_thread_paints_for_all(
+    camera: Camera, view: ViewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    kept: queue.Queue[set[int]] = queue.Queue()
+    paint, keep = Painter._paint, Painter.keep_averages
+
+    def noted(painter: Painter, pairs: Sequence[Pair], request: Request) -> Picture:
+        threads.add(threading.current_thread().name)
+        return paint(painter, pairs, request)
+
+    def forgotten(painter: Painter, widths: set[int]) -> None:
+        keep(painter, widths)
+        threads.add(threading.current_thread().name)
+        kept.put(set(painter._averages))
+
+    monkeypatch.setattr(Painter, "_paint", noted)
+    monkeypatch.setattr(Painter, "keep_averages", forgotten)
+    with watching(view) as one, watching(view) as other:
+        one.ask(average=4)
+        other.ask(average=8)
+        for number in range(3):
+            camera.send(number)
+            for viewer in (one, other):
+                viewer.until(frame=number, averaged=number + 1)
+                viewer.acknowledge()
+        while not kept.empty():
+            kept.get()
+        one.ask(average=1)
+        assert kept.get(timeout=DEADLINE_S) == {8}
+    # Both are gone, in whatever order.
+    assert set() in (kept.get(timeout=DEADLINE_S), kept.get(timeout=DEADLINE_S))
+    assert threads == {"view-painter_0"}
+
+
 def test_average_is_that_of_the_last_raw_frames(camera: Camera, view: ViewServer) -> None:
     with watching(view) as viewer:
         viewer.ask(average=4, raw=["values", 0, 10])
@@ -450,8 +486,23 @@ def test_tiff_holds_every_pixel_of_both_sides_and_every_header_field(
         np.testing.assert_array_equal(movie[0], counts(5))
 
 
+def test_header_without_a_word_in_json_is_saved_all_the_same(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer:
+        camera.send(5, extra={"drift": float("nan"), "tilt": [float("inf")], "key": {b"\xff": b"\x00"}})
+        header, _ = viewer.until(frame=5)
+        status, _, content = status_of(view, f"/header.json?key={header['key']}")
+        saved, _, tiff = status_of(view, f"/snapshot.tif?key={header['key']}")
+    assert (status, saved) == (200, 200)
+    assert {"drift": "nan", "tilt": ["inf"], "key": {"ff": "00"}}.items() <= json.loads(content)[
+        "raw"
+    ].items()
+    with tifffile.TiffFile(BytesIO(tiff)) as file:
+        assert json.loads(file.series[0].keyframe.description)["drift"] == "nan"
+
+
 def test_header_of_a_frame_that_is_gone_is_not_found(camera: Camera, view: ViewServer) -> None:
-    for path in ("/snapshot.tif?key=99", "/header.json?key=99", "/header.json", "/header.json?key=-1"):
+    paths = ("/snapshot.tif?key=99", "/header.json?key=99", "/header.json", "/header.json?key=-1")
+    for path in (*paths, "/header.json?key=" + 5000 * "9"):
         status, _, body = status_of(view, path)
         assert status == 404
         assert b"no longer kept" in body
@@ -534,6 +585,12 @@ def test_page_for_other_machines_asks_for_a_token(tmp_path: Path) -> None:
             f"ws://{address}/live", origin=Origin(f"http://{address}"), additional_headers=headers
         ) as connection:
             Viewer(connection).take()
+
+
+def test_printed_address_lets_in_whatever_the_token_holds(tmp_path: Path) -> None:
+    with ViewServer(f"ipc://{tmp_path}/nobody", port=0, token="a&b=c d+e#f%21") as view:
+        path = view.url.partition(f":{view.port}")[2]
+        assert status_of(view, path)[0] == 303
 
 
 def test_loopback_needs_no_token_unless_one_is_given() -> None:

@@ -72,11 +72,17 @@ def _berkeley(file: Any) -> Found:
     found: Found = {}
 
     def look(name: str, group: Any) -> None:
-        if isinstance(group, h5py.Group) and group.attrs.get("emd_group_type") == 1 and "data" in group:
+        if isinstance(group, h5py.Group) and _holds_images(group) and "data" in group:
             found[name] = group["data"], _berkeley_pixel_size_m(group), False
 
     file.visititems(look)
     return found
+
+
+def _holds_images(group: Any) -> bool:
+    """Whether its type is 1, as a number or as an array of it."""
+    types = np.ravel(group.attrs.get("emd_group_type", 0)).tolist()
+    return bool(types) and all(each == 1 for each in types)
 
 
 def _berkeley_pixel_size_m(group: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy as np
 
 from emstream.errors import FileFormatError
 from emstream.frame import PIXEL_TYPES
+
+log = logging.getLogger(__name__)
 
 _MAX_UNITS = 64  # letters; the units go out in every header
 
@@ -59,6 +62,13 @@ class Movie:
         except FileFormatError:
             stored.close()
             raise
+        frames, height, width = self.shape
+        if frames == height > width > 1:
+            log.warning(
+                "%s is read as %d frames of %dx%d px; if it is %d frames of %dx%d, put the frames first: "
+                "numpy.moveaxis(movie, -1, 0)",
+                *(path, frames, height, width, width, frames, height),
+            )
         self.is_image = len(stored.shape) == 2
         size_m = stored.pixel_size_m
         self.pixel_size_m = float(size_m) if size_m and math.isfinite(size_m) and size_m > 0 else None
@@ -147,7 +157,8 @@ def check(
 def _movie_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) > 2 and shape[-1] in (3, 4):
         raise FileFormatError(
-            f"{path} holds colour images {shape}; emstream takes single-channel electron counts"
+            f"{path} holds colour images {shape}, or a stack with frames last; "
+            "emstream takes single-channel electron counts, frames first (N, H, W)"
         )
     if len(shape) not in (2, 3):
         raise FileFormatError(

@@ -9,6 +9,7 @@ C. Boothroyd, "TIA (Emispec) file format".)
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -31,10 +32,13 @@ def read(path: Path, dataset: str | None) -> Stored:
     file = path.open("rb", buffering=0)
 
     def take(offset: int, nbytes: int) -> bytes:
+        size = os.fstat(file.fileno()).st_size
+        if size < offset + nbytes:
+            raise ValueError(f"it is cut short: {size} bytes of {offset + nbytes}")
         file.seek(offset)
         found = file.read(nbytes)
         if len(found) < nbytes:
-            raise ValueError(f"it is cut short: {path.stat().st_size} bytes of {offset + nbytes}")
+            raise EOFError("the file was cut short while it was read")
         return found
 
     try:

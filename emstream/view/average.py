@@ -10,7 +10,10 @@ from emstream.view.pair import Pair
 
 
 class RunningAverage:
-    """The mean of the last raw frames; from one frame to the next only what changed is added and taken away."""
+    """The mean of the last raw frames; from one frame to the next only what changed is added and taken away.
+
+    To take integers away again it holds the frames that it has summed, however old they become.
+    """
 
     def __init__(self) -> None:
         self.last_key = 0
@@ -35,7 +38,7 @@ class RunningAverage:
             self._sum += wanted[key]
         for key in removed:
             self._sum -= self._summed[key]
-        self._summed, self.last_key = wanted, pairs[-1].key
+        self._summed, self.last_key = wanted if exact else {}, pairs[-1].key
         return (self._sum / len(wanted)).astype(np.float32), len(wanted)
 
 

@@ -1,4 +1,4 @@
-"""The last seconds, so that an operator may pause and step back; memory is bounded whatever viewers do."""
+"""The last seconds, so that an operator may pause and step back; it is bounded whatever viewers do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class History:
     """Pairs of the last `SPAN_NS` and at most `LIMIT_BYTES`, each under its ``key``: 1, 2, 3, ...
 
     A viewer who pauses gets a past that stands still, `hold`; that of `MOST_HELD` viewers is kept,
-    so memory ends at (1 + MOST_HELD) * LIMIT_BYTES.
+    so the pasts end at (1 + MOST_HELD) * LIMIT_BYTES. Outside them the frames on each viewer's screen
+    are kept, those of the last few pictures, and the raw ones of each average that somebody looks at.
     """
 
     def __init__(self, span_ns: int = SPAN_NS, limit_bytes: int = LIMIT_BYTES) -> None:

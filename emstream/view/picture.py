@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from emstream.frame import Frame
 from emstream.view.average import RunningAverage
 from emstream.view.pair import Pair
 from emstream.view.receiver import STAGES
-from emstream.view.request import MOST_AVERAGED, Contrast, Request
+from emstream.view.request import AVERAGES, Contrast, Request
 from emstream.view.scale import Scale, grey, histogram, sample
 from emstream.view.shrink import cut, region_of
 from emstream.view.spectrum import spectrum
@@ -37,25 +36,27 @@ class Picture:
 
 
 class Painter:
-    """Turns pairs into pictures, in order; the scales follow the frames smoothly."""
+    """Turns pairs into pictures, in order; the scales follow the frames smoothly. For one thread."""
 
     def __init__(self) -> None:
         self._series: tuple[Any, ...] | None = None
         self._scales: dict[tuple[str, tuple[float, float]], Scale] = {}
         self._averages: dict[int, RunningAverage] = {}
         self._painted: dict[tuple[int, Request], Picture] = {}
-        self._lock = threading.Lock()  # a viewer who leaves does not take the thread along that paints for it
 
     def paint(self, pairs: Sequence[Pair], request: Request) -> Picture:
         """The last of `pairs` as `request` wants it; those before it are there to be averaged."""
-        with self._lock:
-            found = self._painted.get((pairs[-1].key, request))
-            if found is None or found.pair is not pairs[-1]:
-                found = self._paint(pairs, request)
-                self._painted[pairs[-1].key, request] = found
-                if len(self._painted) > _MOST_KEPT:
-                    del self._painted[next(iter(self._painted))]
-            return found
+        found = self._painted.get((pairs[-1].key, request))
+        if found is None or found.pair is not pairs[-1]:
+            found = self._paint(pairs, request)
+            self._painted[pairs[-1].key, request] = found
+            if len(self._painted) > _MOST_KEPT:
+                del self._painted[next(iter(self._painted))]
+        return found
+
+    def keep_averages(self, widths: Collection[int]) -> None:
+        """Forget the averages of other widths [frames], and the frames that they hold."""
+        self._averages = {width: each for width, each in self._averages.items() if width in widths}
 
     def _paint(self, pairs: Sequence[Pair], request: Request) -> Picture:
         pair = pairs[-1]
@@ -98,7 +99,7 @@ class Painter:
         # One that nobody looks at any more must not keep its frames.
         newest = pairs[-1].key
         self._averages = {
-            n: each for n, each in self._averages.items() if newest - each.last_key < MOST_AVERAGED
+            n: each for n, each in self._averages.items() if newest - each.last_key < AVERAGES[-1]
         }
         return self._averages.setdefault(frames, RunningAverage()).of(pairs, frames)
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-MOST_AVERAGED = 128
+AVERAGES = (1, 2, 4, 8, 16, 32, 64)  # frames
 MOST_HALVINGS = 6
 MOST_PX = 4096  # of a side on the viewer's screen
 SHOWN_PX = 1024
@@ -30,7 +30,7 @@ class Request:
     denoised: Contrast = ("percentiles", *PERCENTILES)
     """What is black and what is white: ("percentiles", low, high) [%] or ("values", low, high) [units]."""
     average: int = 1
-    """Raw frames averaged on the raw side, the newest and those before it."""
+    """Raw frames averaged on the raw side, the newest and those before it; one of `AVERAGES`."""
     spectra: tuple[str, ...] = ()
     """Sides whose Fourier transform is wanted, of the region."""
     halvings: int = 0
@@ -58,9 +58,11 @@ def parse(text: str) -> Request:
     for side in SIDES:
         if side in fields:
             fields[side] = _contrast(fields[side])
-    for key, low, high in (("average", 1, MOST_AVERAGED), ("halvings", 0, MOST_HALVINGS), ("at", 1, 2**53)):
+    for key, low, high in (("average", 1, AVERAGES[-1]), ("halvings", 0, MOST_HALVINGS), ("at", 1, 2**53)):
         if key in fields:
             (fields[key],) = _integers({key: [fields[key]]}, key, 1, low, high)
+    if fields.get("average", 1) not in AVERAGES:
+        raise ValueError(f"average must be one of {', '.join(map(str, AVERAGES))}, got {fields['average']}")
     if "spectra" in fields:
         wanted = fields["spectra"]
         if not isinstance(wanted, list) or not all(side in SIDES for side in wanted):

@@ -3,7 +3,8 @@
 ::
 
     emstream serve ──▶ Receiver ──▶ History ──▶ Painter ──▶ picture ──▶ /live, one per viewer
-      (ZeroMQ)         (thread)    (10 s)      (once per request)      (asyncio thread)
+      (ZeroMQ)         (thread)    (10 s)      (thread, once          (asyncio thread)
+                                                per request)
 
 A viewer is sent the newest pair, and the next one only after it has acknowledged the
 last: a slow viewer skips frames, never lags behind, and holds nobody up.
@@ -30,9 +31,11 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -68,6 +71,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _FILE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_LONGEST_KEY = 16  # digits
 _NOT_KEPT = "this frame is no longer kept; pause first, then save"
 
 
@@ -98,13 +102,13 @@ class ViewServer:
         self._ready = threading.Event()
         # Set when the event loop runs, and of use in its thread only.
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._painting: asyncio.Lock
+        self._painting: ThreadPoolExecutor
 
     @property
     def url(self) -> str:
         """What to open in a browser; with port 0 it is known once the server has started."""
         return f"http://{public_name(self.host)}:{self.port}/" + (
-            f"?token={self.token}" if self.token else ""
+            f"?token={quote(self.token, safe='')}" if self.token else ""
         )
 
     def start(self) -> None:
@@ -179,10 +183,13 @@ class ViewServer:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._painting = asyncio.Lock()
+        self._painting = ThreadPoolExecutor(1, "view-painter")
         self._loop = asyncio.get_running_loop()
         self._ready.set()
-        yield
+        try:
+            yield
+        finally:
+            self._painting.shutdown(cancel_futures=True)
 
     # -- one viewer ---------------------------------------------------------
 
@@ -210,10 +217,11 @@ class ViewServer:
             for task in both:
                 task.cancel()
             await asyncio.gather(*both, return_exceptions=True)
+            self._keep_averages()
 
     async def _hear(self, viewer: Viewer, browser: WebSocket) -> None:
         while True:
-            was_live = viewer.is_live
+            was_live, average = viewer.is_live, viewer.request.average
             message = await browser.receive()
             if message["type"] == "websocket.disconnect":
                 return
@@ -222,6 +230,8 @@ class ViewServer:
                 self._receiver.history.hold(viewer)
             elif viewer.is_live:
                 self._receiver.history.release(viewer)
+            if viewer.request.average != average:
+                self._keep_averages()
 
     async def _show(self, viewer: Viewer, browser: WebSocket) -> None:
         while True:
@@ -252,8 +262,14 @@ class ViewServer:
 
     async def _painted(self, past: Sequence[Pair], request: Request) -> Picture:
         """One picture at a time is painted, and none in the event loop's thread."""
-        async with self._painting:
-            return await asyncio.to_thread(self._painter.paint, past, request)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._painting, self._painter.paint, past, request)
+
+    def _keep_averages(self) -> None:
+        """Averages that no viewer looks at any more go, after what is being painted."""
+        wanted = {viewer.request.average for viewer in self._viewers}
+        with contextlib.suppress(RuntimeError):  # the page is being closed
+            self._painting.submit(self._painter.keep_averages, wanted)
 
     def _on_pair(self) -> None:
         """In the receiver's thread."""
@@ -280,7 +296,7 @@ class ViewServer:
         if pair is None:
             return PlainTextResponse(_NOT_KEPT, 404)
         name = f'attachment; filename="{snapshot.name_of(pair)}.tif"'
-        content = await asyncio.to_thread(snapshot.tiff, pair)
+        content = await asyncio.get_running_loop().run_in_executor(self._painting, snapshot.tiff, pair)
         return Response(
             content, media_type="image/tiff", headers={**_FILE_HEADERS, "Content-Disposition": name}
         )
@@ -288,7 +304,7 @@ class ViewServer:
     def _asked_for(self, request: HttpRequest) -> Pair | None:
         """The pair of a request's ``key``, as long as it is kept or on somebody's screen."""
         asked = request.query_params.get("key", "")
-        if not asked.isascii() or not asked.isdecimal():
+        if len(asked) > _LONGEST_KEY or not asked.isascii() or not asked.isdecimal():
             return None
         if found := self._receiver.history.find(int(asked)):
             return found[-1]

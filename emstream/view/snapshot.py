@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from io import BytesIO
 from typing import Any
@@ -18,10 +18,25 @@ _RATIONAL_MAX = 2**32 - 1
 
 
 def header_of(pair: Pair) -> dict[str, Any]:
-    """Both headers as they came, JSON types only."""
-    headers = {"raw": wire.map_of(pair.raw.header), "denoised": wire.map_of(pair.denoised.header)}
-    portable: dict[str, Any] = json.loads(json.dumps({"emstream": VERSION, **headers}, default=repr))
-    return portable
+    """Both headers as they came, in what strict JSON has."""
+    sides = {"raw": pair.raw, "denoised": pair.denoised}
+    return {
+        "emstream": VERSION,
+        **{side: portable(wire.map_of(frame.header)) for side, frame in sides.items()},
+    }
+
+
+def portable(value: Any) -> Any:
+    """`value` in JSON types: keys are texts, bytes hexadecimal, numbers that are not finite their names."""
+    if isinstance(value, dict):
+        return {_text(key): portable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(each) for each in value]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return _text(value)
 
 
 def tiff(pair: Pair) -> bytes:
@@ -49,6 +64,13 @@ def name_of(pair: Pair) -> str:
     header = pair.raw.header
     words = re.findall(r"[A-Za-z0-9]+", f"{header.source} {header.series}"[:80])
     return "-".join(["emstream", *words, f"{header.frame:06d}"])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    # A lone surrogate is no character, and no encoding takes it.
+    return str(value).encode(errors="replace").decode()
 
 
 def _per_cm(frame: Frame) -> float | None:

@@ -1,0 +1,29 @@
+"""Text that came from elsewhere, safe for a terminal."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+def printable(text: str) -> str:
+    """`text` with U+FFFD for each character that is not printed but obeyed, such as an escape or a line's end."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same, line by line."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+class PrintableFormatter(logging.Formatter):
+    """One line for each message, whatever it quotes; tracebacks keep theirs."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: _ExcInfo) -> str:
+        return printable_lines(super().formatException(ei))
