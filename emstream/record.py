@@ -273,7 +273,7 @@ class Recorder:
             if frame is None and topic == RAW:
                 self._backlog.put(Entry("raw", header, None, now_ns()))
                 if ended and self.settings.until_end and self._heard.raw:
-                    self._ended = SERIES_ENDED
+                    self._ended = self._ended or SERIES_ENDED
             if frame is None:
                 return
             self._take_frame(Entry(frame.topic, header, frame, now_ns()))
@@ -338,18 +338,18 @@ class Recorder:
         except BaseException as error:
             self._fault = self._fault or error
         finally:
+            self._stopping.set()
             self._backlog.give_up()
             if self._file is not None:
-                with contextlib.suppress(OSError, RuntimeError):
+                with contextlib.suppress(OSError, RuntimeError, ValueError):
                     self._file.abandon()
-            self._stopping.set()
 
     def _give_up(self, file: RecordingFile, error: Exception) -> None:
         """The disk would not take the rest: what cannot be committed now is lost."""
         errno = getattr(error, "errno", None)
         log.error("%s cannot be written: %s", file.path, os.strerror(errno) if errno else error)
         self._ended = WRITE_ERROR
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             file.commit(self._counters())
         for topic, rows in file.uncommitted.items():
             self._recorded[topic] -= rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -375,6 +376,26 @@ def test_disk_that_is_full_ends_the_recording_with_what_was_committed(
         for row in (0, len(recording.raw) - 1):
             np.testing.assert_array_equal(recording.raw[row], pixels(recording.raw.numbers[row], (64, 64)))
     run.rig.wait(lambda ledger: ledger["published"] == 400)
+
+
+def test_write_error_while_closing_ends_the_recording_with_a_report(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = RecordingFile.commit
+
+    def failing(self: RecordingFile, counters: Any) -> None:
+        if "ended" in counters:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        commit(self, counters)
+
+    monkeypatch.setattr(RecordingFile, "commit", failing)
+    run = start(output=tmp_path / "r.h5", frames=5)
+    run.send(range(5))
+    report = run.join()
+    assert (report["ended"], report["frames"]) == ("write error", {"raw": 5, "denoised": 5})
+    assert "No space left on device" in caplog.text
+    with Recording(tmp_path / "r.h5") as recording:
+        assert (len(recording.raw), recording.ended) == (5, "write error")
 
 
 # -- what it never heard --------------------------------------------------------------

@@ -137,6 +137,15 @@ def test_ledger_and_account_are_those_of_the_last_commit(tmp_path: Path) -> None
         assert recording.ended == "series ended"
 
 
+def test_closed_file_takes_nothing_more_and_is_left_as_it_is(tmp_path: Path) -> None:
+    file = record(tmp_path / "r.h5", pairs(range(2)))
+    file.abandon()
+    file.commit({"raw_lost": 7})
+    assert file.nbytes == (tmp_path / "r.h5").stat().st_size
+    with Recording(tmp_path / "r.h5") as recording:
+        assert (recording.ended, recording.recorder["raw_lost"]) == ("stopped", 0)
+
+
 def test_existing_file_is_never_replaced_by_the_writer(tmp_path: Path) -> None:
     (tmp_path / "r.h5").write_bytes(b"dear")
     with pytest.raises(OutputError, match="exists already"):

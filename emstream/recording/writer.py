@@ -59,6 +59,7 @@ class RecordingFile:
             self._file = h5py.File(path, "x", libver=("v110", "v110"), rdcc_nbytes=0)
         except FileExistsError:
             raise OutputError(f"{path} exists already; choose another name or allow --overwrite") from None
+        self._closed = False
         self._set_up(first, part, filters)
         self._last_raw: tuple[Hashable, int] | None = None
         self._noted: dict[str, Any] = {}
@@ -127,7 +128,7 @@ class RecordingFile:
     @property
     def nbytes(self) -> int:
         """Size of the file so far."""
-        return int(self._file.id.get_filesize())
+        return self.path.stat().st_size
 
     def takes(self, header: FrameHeader) -> bool:
         """Whether raw frames like this one go into this file."""
@@ -156,8 +157,10 @@ class RecordingFile:
         """Make everything added readable, and stay so should the process be killed.
 
         `counters` go into the ledger and the recorder's account, by the names of COUNTERS and RECORDER,
-        `report` as JSON.
+        `report` as JSON. Does nothing once the file is closed.
         """
+        if self._closed:
+            return
         for track in self._tracks.values():
             track.append_columns()
         _append(self._raw_row, self._tracks["denoised"].raw_rows)
@@ -174,22 +177,26 @@ class RecordingFile:
         self._file.flush()
 
     def close(self, ended: str, counters: Mapping[str, Any]) -> None:
-        """Commit, say why it `ended`, and close."""
-        try:
-            self.commit({**counters, "ended": ended, "end_time": datetime.now(UTC).isoformat()})
-        finally:
-            self._file.close()
+        """Commit, say why it `ended`, and close. After an error, there is still `abandon`."""
+        self.commit({**counters, "ended": ended, "end_time": datetime.now(UTC).isoformat()})
+        self._closed = True
+        self._file.close()
 
     def abandon(self) -> None:
-        """Close a file that can no longer be written; what was committed stays."""
-        nbytes = self.nbytes
+        """Close a file that can no longer be written, if it is open; what was committed stays."""
+        if self._closed:
+            return
+        self._closed = True  # whatever comes: HDF5 crashes when a file that it closed is touched
+        nbytes = int(self._file.id.get_filesize())
         try:
             self._note({"ended": WRITE_ERROR})
         finally:
-            self._file.close()
-            # HDF5 reckons with the frame that failed; a hole in its place keeps the file from looking cut short.
-            if self.path.stat().st_size < nbytes:
-                os.truncate(self.path, nbytes)
+            try:
+                self._file.close()
+            finally:
+                # HDF5 reckons with the frame that failed; a hole in its place keeps the file from looking cut short.
+                if self.nbytes < nbytes:
+                    os.truncate(self.path, nbytes)
 
     def _note(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
