@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
 import secrets
 import signal
 import threading
@@ -42,7 +41,7 @@ from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
 from emstream.recording.layout import COUNTERS, WRITE_ERROR
-from emstream.recording.writer import RecordingFile, compression
+from emstream.recording.writer import RecordingFile, compression, reason
 
 log = logging.getLogger(__name__)
 
@@ -331,9 +330,9 @@ class Recorder:
         try:
             try:
                 work()
-            except (OSError, RuntimeError) as error:  # h5py has both for a disk that fails
+            except (OSError, RuntimeError, ValueError) as error:  # h5py has all of them for a disk that fails
                 if self._file is None:
-                    raise
+                    raise OutputError(f"{self.path} cannot be written: {reason(error)}") from error
                 self._give_up(self._file, error)
         except BaseException as error:
             self._fault = self._fault or error
@@ -346,8 +345,7 @@ class Recorder:
 
     def _give_up(self, file: RecordingFile, error: Exception) -> None:
         """The disk would not take the rest: what cannot be committed now is lost."""
-        errno = getattr(error, "errno", None)
-        log.error("%s cannot be written: %s", file.path, os.strerror(errno) if errno else error)
+        log.error("%s cannot be written: %s", file.path, reason(error))
         self._ended = WRITE_ERROR
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             file.commit(self._counters())

@@ -398,6 +398,23 @@ def test_write_error_while_closing_ends_the_recording_with_a_report(
         assert (len(recording.raw), recording.ended) == (5, "write error")
 
 
+def test_value_that_a_file_refuses_is_a_write_error_and_no_wrong_use(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = RecordingFile.add
+
+    def refusing(self: RecordingFile, entry: Any) -> bool:
+        if entry.frame is not None and entry.frame.number == 3:
+            raise ValueError("cannot be stored")
+        return add(self, entry)
+
+    monkeypatch.setattr(RecordingFile, "add", refusing)
+    run = start(output=tmp_path / "r.h5")
+    run.send(range(5))
+    report = run.join()
+    assert (report["ended"], report["frames"]["raw"]) == ("write error", 3)
+
+
 # -- what it never heard --------------------------------------------------------------
 
 

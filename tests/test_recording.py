@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -135,6 +137,28 @@ def test_ledger_and_account_are_those_of_the_last_commit(tmp_path: Path) -> None
         assert recording.recorder["raw_lost"] == 2
         assert recording.report == {"frames_per_s": 40.0}
         assert recording.ended == "series ended"
+
+
+def test_letters_that_hdf5_refuses_are_left_out_of_its_texts(tmp_path: Path) -> None:
+    odd = {"source": "cam\0era\n", "series": "a\0b", "units": "\x07electrons\0"}
+    engine = ENGINE | {"name": "unet\x0032"}
+    record(tmp_path / "r.h5", [raw(0, **odd), denoised(0, engine=engine, **odd)])
+    with h5py.File(tmp_path / "r.h5") as file:
+        assert file["entry/title"].asstr()[()] == "camera, series ab"
+        assert file["entry/raw/frames"].attrs["units"] == "electrons"
+        assert file["entry/engine/name"].asstr()[0] == "unet32"
+    with Recording(tmp_path / "r.h5") as recording:
+        assert recording.raw.header(0)["source"] == "cam\0era\n"
+
+
+def test_file_that_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordingFile, "_set_up", failing)
+    with pytest.raises(OutputError, match=r"r\.h5 cannot be written: No space left on device"):
+        record(tmp_path / "r.h5", [raw(0)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_closed_file_takes_nothing_more_and_is_left_as_it_is(tmp_path: Path) -> None:
