@@ -101,6 +101,7 @@ class RecordSettings:
             raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        disk.check_writable(path.parent)
         there = [path, *path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9]{path.suffix}")]
         for each in there:
             if each.exists() and not self.overwrite:

@@ -19,7 +19,7 @@ from emstream import wire
 from emstream.errors import OutputError, SourceError
 from emstream.frame import Frame
 from emstream.intake import Overrun
-from emstream.record import Recorder, RecordSettings
+from emstream.record import Recorder, RecorderProcess, RecordSettings
 from emstream.recording import Recording, disk
 from emstream.recording.writer import RecordingFile
 from tests.conftest import Rig, exact, message
@@ -465,6 +465,18 @@ def test_output_that_cannot_be_is_refused_at_once(tmp_path: Path, output: str, c
     (tmp_path / "there.h5").touch()
     with pytest.raises(OutputError, match=complaint):
         Recorder(RecordSettings(input="ipc:///x", output=tmp_path / output))
+
+
+@pytest.mark.parametrize("recorder", [Recorder, RecorderProcess])
+def test_folder_that_takes_no_files_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Any
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(OutputError, match=r"nothing can be written in .*: Read-only file system; let this"):
+        recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
 
 
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:
