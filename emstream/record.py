@@ -332,9 +332,13 @@ class Recorder:
             try:
                 work()
             except (OSError, RuntimeError, ValueError) as error:  # h5py has all of them for a disk that fails
-                if self._file is None:
+                if not self._files:
                     raise OutputError(f"{self.path} cannot be written: {reason(error)}") from error
-                self._give_up(self._file, error)
+                self._give_up(f"{self._files[-1]} cannot be written: {reason(error)}")
+            except OutputError as error:
+                if not self._files:
+                    raise
+                self._give_up(str(error))
         except BaseException as error:
             self._fault = self._fault or error
         finally:
@@ -344,10 +348,12 @@ class Recorder:
                 with contextlib.suppress(OSError, RuntimeError, ValueError):
                     self._file.abandon()
 
-    def _give_up(self, file: RecordingFile, error: Exception) -> None:
+    def _give_up(self, why: str) -> None:
         """The disk would not take the rest: what cannot be committed now is lost."""
-        log.error("%s cannot be written: %s", file.path, reason(error))
+        log.error("%s", why)
         self._ended = WRITE_ERROR
+        if (file := self._file) is None:  # it is the next one that cannot be begun
+            return
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             file.commit(self._counters())
         for topic, rows in file.uncommitted.items():
@@ -375,7 +381,11 @@ class Recorder:
             self._early_mark = entry
             return
         if entry.topic == "raw" and entry.frame is not None:
-            self._open_for(entry)
+            try:
+                self._open_for(entry)
+            except BaseException:
+                self._unwritten["raw"] += 1
+                raise
         if self._file is None:
             return  # a denoised frame whose raw one came before the recorder did
         added = False
@@ -410,7 +420,7 @@ class Recorder:
 
     def _close(self, ended: str) -> None:
         assert self._file is not None
-        self._file.close(ended, self._counters())
+        self._file.close(ended, self._counters())  # after an error it is still the file that is given up
         self._missing_before += self._file.gaps.missing
         self._gaps = self._file.gaps.continued()
         self._file = None

@@ -415,6 +415,29 @@ def test_value_that_a_file_refuses_is_a_write_error_and_no_wrong_use(
     assert (report["ended"], report["frames"]["raw"]) == ("write error", 3)
 
 
+def test_next_file_that_cannot_be_begun_ends_the_recording_with_a_report(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_up = RecordingFile._set_up
+
+    def failing(self: RecordingFile, first: Any, part: int, filters: Any) -> None:
+        if part == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        set_up(self, first, part, filters)
+
+    monkeypatch.setattr(RecordingFile, "_set_up", failing)
+    run = start(output=tmp_path / "r.h5", split_bytes=1)
+    run.send(range(6))
+    report = run.join()
+    assert report["ended"] == "write error"
+    assert report["frames"]["raw"] == 2
+    assert report["frames"]["raw"] + report["lost"]["raw"] == run.recorder._heard.raw
+    assert "r-0003.h5 cannot be written: No space left on device" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("*.h5")) == ["r-0002.h5", "r.h5"]
+    with Recording(tmp_path / "r-0002.h5") as recording:
+        assert (recording.raw.numbers.tolist(), recording.ended) == ([1], "continued")
+
+
 # -- what it never heard --------------------------------------------------------------
 
 
