@@ -184,6 +184,19 @@ def test_movie_reader_opens_the_raw_frames(tmp_path: Path) -> None:
         assert (len(movie), movie.pixel_size_m, movie.units) == (4, 6e-12, "electrons")
 
 
+def test_movie_reader_opens_what_is_whole_of_a_recording_that_grows_or_was_killed(tmp_path: Path) -> None:
+    file = record(tmp_path / "r.h5", pairs(range(4), pixel_size_m=6e-12), close=False)
+    file.add(raw(4))
+    (tmp_path / "killed.h5").write_bytes((tmp_path / "r.h5").read_bytes())
+    file.close("stopped", {})
+    with open_movie(tmp_path / "killed.h5") as movie:
+        assert (len(movie), movie.pixel_size_m, movie.units) == (4, 6e-12, "electrons")
+        np.testing.assert_array_equal(movie[3], picture(3))
+    with open_movie(tmp_path / "killed.h5", dataset="/entry/denoised/frames") as movie:
+        assert (len(movie), movie.dtype) == (4, np.float32)
+        np.testing.assert_array_equal(movie[3], picture(3).astype(np.float32) / 2)
+
+
 def test_growing_file_is_read_by_another_process_commit_by_commit(tmp_path: Path) -> None:
     file = record(tmp_path / "r.h5", pairs(range(3)), close=False)
     code = "import sys, pathlib; from emstream.recording import Recording; r = Recording(pathlib.Path(sys.argv[1])); "
