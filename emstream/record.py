@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
 import secrets
 import signal
 import threading
@@ -42,7 +41,7 @@ from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
 from emstream.recording.layout import COUNTERS, WRITE_ERROR
-from emstream.recording.writer import RecordingFile, compression
+from emstream.recording.writer import RecordingFile, compression, reason
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +101,7 @@ class RecordSettings:
             raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        disk.check_writable(path.parent)
         there = [path, *path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9]{path.suffix}")]
         for each in there:
             if each.exists() and not self.overwrite:
@@ -273,7 +273,7 @@ class Recorder:
             if frame is None and topic == RAW:
                 self._backlog.put(Entry("raw", header, None, now_ns()))
                 if ended and self.settings.until_end and self._heard.raw:
-                    self._ended = SERIES_ENDED
+                    self._ended = self._ended or SERIES_ENDED
             if frame is None:
                 return
             self._take_frame(Entry(frame.topic, header, frame, now_ns()))
@@ -331,25 +331,30 @@ class Recorder:
         try:
             try:
                 work()
-            except (OSError, RuntimeError) as error:  # h5py has both for a disk that fails
-                if self._file is None:
+            except (OSError, RuntimeError, ValueError) as error:  # h5py has all of them for a disk that fails
+                if not self._files:
+                    raise OutputError(f"{self.path} cannot be written: {reason(error)}") from error
+                self._give_up(f"{self._files[-1]} cannot be written: {reason(error)}")
+            except OutputError as error:
+                if not self._files:
                     raise
-                self._give_up(self._file, error)
+                self._give_up(str(error))
         except BaseException as error:
             self._fault = self._fault or error
         finally:
+            self._stopping.set()
             self._backlog.give_up()
             if self._file is not None:
-                with contextlib.suppress(OSError, RuntimeError):
+                with contextlib.suppress(OSError, RuntimeError, ValueError):
                     self._file.abandon()
-            self._stopping.set()
 
-    def _give_up(self, file: RecordingFile, error: Exception) -> None:
+    def _give_up(self, why: str) -> None:
         """The disk would not take the rest: what cannot be committed now is lost."""
-        errno = getattr(error, "errno", None)
-        log.error("%s cannot be written: %s", file.path, os.strerror(errno) if errno else error)
+        log.error("%s", why)
         self._ended = WRITE_ERROR
-        with contextlib.suppress(OSError, RuntimeError):
+        if (file := self._file) is None:  # it is the next one that cannot be begun
+            return
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             file.commit(self._counters())
         for topic, rows in file.uncommitted.items():
             self._recorded[topic] -= rows
@@ -376,7 +381,11 @@ class Recorder:
             self._early_mark = entry
             return
         if entry.topic == "raw" and entry.frame is not None:
-            self._open_for(entry)
+            try:
+                self._open_for(entry)
+            except BaseException:
+                self._unwritten["raw"] += 1
+                raise
         if self._file is None:
             return  # a denoised frame whose raw one came before the recorder did
         added = False
@@ -411,7 +420,7 @@ class Recorder:
 
     def _close(self, ended: str) -> None:
         assert self._file is not None
-        self._file.close(ended, self._counters())
+        self._file.close(ended, self._counters())  # after an error it is still the file that is given up
         self._missing_before += self._file.gaps.missing
         self._gaps = self._file.gaps.continued()
         self._file = None

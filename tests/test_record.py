@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -18,7 +19,7 @@ from emstream import wire
 from emstream.errors import OutputError, SourceError
 from emstream.frame import Frame
 from emstream.intake import Overrun
-from emstream.record import Recorder, RecordSettings
+from emstream.record import Recorder, RecorderProcess, RecordSettings
 from emstream.recording import Recording, disk
 from emstream.recording.writer import RecordingFile
 from tests.conftest import Rig, exact, message
@@ -377,6 +378,66 @@ def test_disk_that_is_full_ends_the_recording_with_what_was_committed(
     run.rig.wait(lambda ledger: ledger["published"] == 400)
 
 
+def test_write_error_while_closing_ends_the_recording_with_a_report(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = RecordingFile.commit
+
+    def failing(self: RecordingFile, counters: Any) -> None:
+        if "ended" in counters:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        commit(self, counters)
+
+    monkeypatch.setattr(RecordingFile, "commit", failing)
+    run = start(output=tmp_path / "r.h5", frames=5)
+    run.send(range(5))
+    report = run.join()
+    assert (report["ended"], report["frames"]) == ("write error", {"raw": 5, "denoised": 5})
+    assert "No space left on device" in caplog.text
+    with Recording(tmp_path / "r.h5") as recording:
+        assert (len(recording.raw), recording.ended) == (5, "write error")
+
+
+def test_value_that_a_file_refuses_is_a_write_error_and_no_wrong_use(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = RecordingFile.add
+
+    def refusing(self: RecordingFile, entry: Any) -> bool:
+        if entry.frame is not None and entry.frame.number == 3:
+            raise ValueError("cannot be stored")
+        return add(self, entry)
+
+    monkeypatch.setattr(RecordingFile, "add", refusing)
+    run = start(output=tmp_path / "r.h5")
+    run.send(range(5))
+    report = run.join()
+    assert (report["ended"], report["frames"]["raw"]) == ("write error", 3)
+
+
+def test_next_file_that_cannot_be_begun_ends_the_recording_with_a_report(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_up = RecordingFile._set_up
+
+    def failing(self: RecordingFile, first: Any, part: int, filters: Any) -> None:
+        if part == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        set_up(self, first, part, filters)
+
+    monkeypatch.setattr(RecordingFile, "_set_up", failing)
+    run = start(output=tmp_path / "r.h5", split_bytes=1)
+    run.send(range(6))
+    report = run.join()
+    assert report["ended"] == "write error"
+    assert report["frames"]["raw"] == 2
+    assert report["frames"]["raw"] + report["lost"]["raw"] == run.recorder._heard.raw
+    assert "r-0003.h5 cannot be written: No space left on device" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("*.h5")) == ["r-0002.h5", "r.h5"]
+    with Recording(tmp_path / "r-0002.h5") as recording:
+        assert (recording.raw.numbers.tolist(), recording.ended) == ([1], "continued")
+
+
 # -- what it never heard --------------------------------------------------------------
 
 
@@ -427,6 +488,18 @@ def test_output_that_cannot_be_is_refused_at_once(tmp_path: Path, output: str, c
     (tmp_path / "there.h5").touch()
     with pytest.raises(OutputError, match=complaint):
         Recorder(RecordSettings(input="ipc:///x", output=tmp_path / output))
+
+
+@pytest.mark.parametrize("recorder", [Recorder, RecorderProcess])
+def test_folder_that_takes_no_files_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Any
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(OutputError, match=r"nothing can be written in .*: Read-only file system; let this"):
+        recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
 
 
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:

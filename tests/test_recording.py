@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -137,6 +139,37 @@ def test_ledger_and_account_are_those_of_the_last_commit(tmp_path: Path) -> None
         assert recording.ended == "series ended"
 
 
+def test_letters_that_hdf5_refuses_are_left_out_of_its_texts(tmp_path: Path) -> None:
+    odd = {"source": "cam\0era\n", "series": "a\0b", "units": "\x07electrons\0"}
+    engine = ENGINE | {"name": "unet\x0032"}
+    record(tmp_path / "r.h5", [raw(0, **odd), denoised(0, engine=engine, **odd)])
+    with h5py.File(tmp_path / "r.h5") as file:
+        assert file["entry/title"].asstr()[()] == "camera, series ab"
+        assert file["entry/raw/frames"].attrs["units"] == "electrons"
+        assert file["entry/engine/name"].asstr()[0] == "unet32"
+    with Recording(tmp_path / "r.h5") as recording:
+        assert recording.raw.header(0)["source"] == "cam\0era\n"
+
+
+def test_file_that_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordingFile, "_set_up", failing)
+    with pytest.raises(OutputError, match=r"r\.h5 cannot be written: No space left on device"):
+        record(tmp_path / "r.h5", [raw(0)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_file_takes_nothing_more_and_is_left_as_it_is(tmp_path: Path) -> None:
+    file = record(tmp_path / "r.h5", pairs(range(2)))
+    file.abandon()
+    file.commit({"raw_lost": 7})
+    assert file.nbytes == (tmp_path / "r.h5").stat().st_size
+    with Recording(tmp_path / "r.h5") as recording:
+        assert (recording.ended, recording.recorder["raw_lost"]) == ("stopped", 0)
+
+
 def test_existing_file_is_never_replaced_by_the_writer(tmp_path: Path) -> None:
     (tmp_path / "r.h5").write_bytes(b"dear")
     with pytest.raises(OutputError, match="exists already"):
@@ -149,6 +182,19 @@ def test_movie_reader_opens_the_raw_frames(tmp_path: Path) -> None:
     with open_movie(tmp_path / "r.h5") as movie:
         np.testing.assert_array_equal(movie[2], picture(2))
         assert (len(movie), movie.pixel_size_m, movie.units) == (4, 6e-12, "electrons")
+
+
+def test_movie_reader_opens_what_is_whole_of_a_recording_that_grows_or_was_killed(tmp_path: Path) -> None:
+    file = record(tmp_path / "r.h5", pairs(range(4), pixel_size_m=6e-12), close=False)
+    file.add(raw(4))
+    (tmp_path / "killed.h5").write_bytes((tmp_path / "r.h5").read_bytes())
+    file.close("stopped", {})
+    with open_movie(tmp_path / "killed.h5") as movie:
+        assert (len(movie), movie.pixel_size_m, movie.units) == (4, 6e-12, "electrons")
+        np.testing.assert_array_equal(movie[3], picture(3))
+    with open_movie(tmp_path / "killed.h5", dataset="/entry/denoised/frames") as movie:
+        assert (len(movie), movie.dtype) == (4, np.float32)
+        np.testing.assert_array_equal(movie[3], picture(3).astype(np.float32) / 2)
 
 
 def test_growing_file_is_read_by_another_process_commit_by_commit(tmp_path: Path) -> None:

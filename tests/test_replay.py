@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,27 @@ def test_clock_that_was_set_back_does_not_stop_a_replay(tmp_path: Path, clock: C
     record(tmp_path / "r.h5", entries)
     source = ReplaySource(tmp_path / "r.h5", rate_hz="original")
     assert schedule(source, clock, []) == pytest.approx([0, 0, 0.025])  # type: ignore[arg-type]
+
+
+def test_timestamp_far_off_does_not_stall_a_replay(tmp_path: Path, clock: Clock) -> None:
+    entries = [replace(raw(n), arrived_ns=10**18 + n * 30_000_000) for n in range(5)]
+    entries[2] = replace(raw(2, timestamp_ns=2 * 10**18), arrived_ns=entries[2].arrived_ns)
+    record(tmp_path / "r.h5", entries)
+    source = ReplaySource(tmp_path / "r.h5", rate_hz="original")
+    expected = [0, 0.025, 0.055, 0.055, 0.08]
+    assert schedule(source, clock, []) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+def test_pause_that_was_recorded_is_waited_for_and_announced(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "emstream.sources.replay")
+    times_ns = [10**18, 10**18 + 60 * 10**9]
+    entries = [replace(raw(n, timestamp_ns=at), arrived_ns=at) for n, at in enumerate(times_ns)]
+    record(tmp_path / "r.h5", entries)
+    source = ReplaySource(tmp_path / "r.h5", rate_hz="original")
+    assert schedule(source, clock, []) == pytest.approx([0, 60])  # type: ignore[arg-type]
+    assert "frame 1 is due in 60 s" in caplog.text
 
 
 def test_without_timestamps_the_recorders_clock_counts(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ import numpy as np
 
 from emstream.errors import FileFormatError
 from emstream.movies.movie import Stored
+from emstream.recording import Recording, is_recording
 
 NAMES = ("movie", "frames", "data", "images")
 _CACHE_NBYTES = 1024**2, 256 * 1024**2  # least and most
 _MAX_LISTED = 12
+_RECORDED = "entry/raw/frames", "entry/denoised/frames"
 
 
 def read(path: Path, dataset: str | None) -> Stored:
+    if (dataset or _RECORDED[0]).strip("/") in _RECORDED and is_recording(path):
+        return _recorded(path, dataset)
     with contextlib.suppress(ImportError):
         importlib.import_module("hdf5plugin")  # with it, h5py reads bitshuffle, LZ4, Zstandard, ...
     with h5py.File(path, "r") as file:
@@ -60,6 +64,20 @@ def write(
             array.attrs[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
         for i, frame in enumerate(frames):
             array[() if is_image else i] = frame
+
+
+def _recorded(path: Path, dataset: str | None) -> Stored:
+    """A recording in whatever state it is: the rows that are whole."""
+    recording = Recording(path)
+    track = recording.raw if (dataset or _RECORDED[0]).strip("/") == _RECORDED[0] else recording.denoised
+    return Stored(
+        shape=track.shape,
+        dtype=track.dtype,
+        frame=track.__getitem__,
+        close=recording.close,
+        pixel_size_m=track.pixel_size_m,
+        units=track.units,
+    )
 
 
 def _named(path: Path, file: h5py.File, name: str) -> h5py.Dataset:

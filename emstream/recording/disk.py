@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from emstream.errors import OutputError
@@ -18,6 +19,17 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4,
 def free_bytes(folder: Path) -> int:
     """What may still be written there."""
     return shutil.disk_usage(folder).free
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OutputError unless files can be made in `folder`."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".emstream-", dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"nothing can be written in {folder}: {error.strerror}; let this user write there, or record elsewhere"
+        ) from None
 
 
 def check_room(folder: Path, bytes_per_s: float) -> None:

@@ -114,6 +114,11 @@ class Track:
         self.shape: tuple[int, int, int] = (count, *self._frames.shape[1:])
         """(N, H, W)"""
         self.dtype: np.dtype[Any] = self._frames.dtype
+        self.units = str(self._frames.attrs.get("units", "electrons"))
+        """Of the pixels."""
+        size_m = self._frames.attrs.get("pixel_size_m")
+        self.pixel_size_m: float | None = None if size_m is None else float(size_m)
+        """[m], where the camera said so."""
         self.numbers: np.ndarray = group["number"][:count]
         """(N) frame number within its series"""
         self.timestamps_ns: np.ndarray = group["timestamp_ns"][:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -42,6 +43,12 @@ def compression() -> Mapping[str, Any]:
     return made
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be written, in a line."""
+    errno = getattr(error, "errno", None)
+    return os.strerror(errno) if errno else (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 class RecordingFile:
     """Frames of one size and type, raw and denoised. One thread writes; anyone may read with SWMR.
 
@@ -55,16 +62,30 @@ class RecordingFile:
         self.gaps = gaps
         self._header = first.frame.header
         filters = compression() if compress else {}
+        if path.exists():
+            raise OutputError(f"{path} exists already; choose another name or allow --overwrite")
+        self._closed = False
         try:
             self._file = h5py.File(path, "x", libver=("v110", "v110"), rdcc_nbytes=0)
+            self._set_up(first, part, filters)
+            self._file.swmr_mode = True
         except FileExistsError:
             raise OutputError(f"{path} exists already; choose another name or allow --overwrite") from None
-        self._set_up(first, part, filters)
+        except (OSError, RuntimeError, ValueError) as error:
+            self._discard()
+            raise OutputError(f"{path} cannot be written: {reason(error)}; record elsewhere") from None
         self._last_raw: tuple[Hashable, int] | None = None
         self._noted: dict[str, Any] = {}
         self._engines: list[dict[str, Any]] = []
         self._marks: list[tuple[bytes, int]] = []
-        self._file.swmr_mode = True
+
+    def _discard(self) -> None:
+        """Leave nothing of a file that could not be begun."""
+        self._closed = True
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def _set_up(self, first: Entry, part: int, filters: Mapping[str, Any]) -> None:
         """Everything there will ever be, in its place: SWMR allows nothing new later."""
@@ -75,11 +96,13 @@ class RecordingFile:
              "creator": "emstream", "creator_version": EMSTREAM_VERSION}
         )  # fmt: skip
         entry = _group(file, "entry", "NXentry", default="raw")
-        entry["title"] = f"{header.source}, series {header.series}"
+        entry["title"] = _plain(f"{header.source}, series {header.series}")
         entry["start_time"] = begun
         about = {"pixel_size_m": header.pixel_size_m} if header.pixel_size_m else {}
         self._tracks = {
-            "raw": _Track(entry, "raw", header, header.type, filters, {"units": header.units, **about}),
+            "raw": _Track(
+                entry, "raw", header, header.type, filters, {"units": _plain(header.units), **about}
+            ),
             "denoised": _Track(
                 entry, "denoised", header, "float32", filters, {"units": "electrons", **about}
             ),
@@ -127,7 +150,7 @@ class RecordingFile:
     @property
     def nbytes(self) -> int:
         """Size of the file so far."""
-        return int(self._file.id.get_filesize())
+        return self.path.stat().st_size
 
     def takes(self, header: FrameHeader) -> bool:
         """Whether raw frames like this one go into this file."""
@@ -156,8 +179,10 @@ class RecordingFile:
         """Make everything added readable, and stay so should the process be killed.
 
         `counters` go into the ledger and the recorder's account, by the names of COUNTERS and RECORDER,
-        `report` as JSON.
+        `report` as JSON. Does nothing once the file is closed.
         """
+        if self._closed:
+            return
         for track in self._tracks.values():
             track.append_columns()
         _append(self._raw_row, self._tracks["denoised"].raw_rows)
@@ -174,22 +199,26 @@ class RecordingFile:
         self._file.flush()
 
     def close(self, ended: str, counters: Mapping[str, Any]) -> None:
-        """Commit, say why it `ended`, and close."""
-        try:
-            self.commit({**counters, "ended": ended, "end_time": datetime.now(UTC).isoformat()})
-        finally:
-            self._file.close()
+        """Commit, say why it `ended`, and close. After an error, there is still `abandon`."""
+        self.commit({**counters, "ended": ended, "end_time": datetime.now(UTC).isoformat()})
+        self._closed = True
+        self._file.close()
 
     def abandon(self) -> None:
-        """Close a file that can no longer be written; what was committed stays."""
-        nbytes = self.nbytes
+        """Close a file that can no longer be written, if it is open; what was committed stays."""
+        if self._closed:
+            return
+        self._closed = True  # whatever comes: HDF5 crashes when a file that it closed is touched
+        nbytes = int(self._file.id.get_filesize())
         try:
             self._note({"ended": WRITE_ERROR})
         finally:
-            self._file.close()
-            # HDF5 reckons with the frame that failed; a hole in its place keeps the file from looking cut short.
-            if self.path.stat().st_size < nbytes:
-                os.truncate(self.path, nbytes)
+            try:
+                self._file.close()
+            finally:
+                # HDF5 reckons with the frame that failed; a hole in its place keeps the file from looking cut short.
+                if self.nbytes < nbytes:
+                    os.truncate(self.path, nbytes)
 
     def _note(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -202,7 +231,7 @@ class RecordingFile:
             return
         self._engines.append(engine)
         for name in ("name", "sha256", "device"):
-            _append(self._engine[name], [str(engine.get(name) or "")[: _TEXT_BYTES // 4]])
+            _append(self._engine[name], [_plain(str(engine.get(name) or ""))[: _TEXT_BYTES // 4]])
         _append(self._engine["first_row"], [row])
 
     def _write_gaps(self) -> None:
@@ -311,6 +340,11 @@ def _append(dataset: h5py.Dataset, values: Any) -> None:
 
 def _text(length: int = _TEXT_BYTES) -> Any:
     return h5py.string_dtype("utf-8", length)
+
+
+def _plain(text: str) -> str:
+    """Without what HDF5 refuses in a text, and without anything else that nobody sees."""
+    return "".join(letter for letter in text if letter.isprintable())[:_TEXT_BYTES]
 
 
 def _cut(text: str) -> str:

@@ -5,14 +5,15 @@ marks of series between them. A key ``replayed_ns`` says that, and when. So the 
 the same machine makes the very same denoised frames.
 
 Options: ``rate``, in frames/s or ``original`` (by the camera's timestamps, or, where it gave
-none, by the recorder's), by default as fast as they are taken; ``loop=true``; ``first`` and
-``last`` row of the file (both included).
+none or its clock jumped, by the recorder's), by default as fast as they are taken;
+``loop=true``; ``first`` and ``last`` row of the file (both included).
 
 Each further pass of a loop is a series of its own: `` (pass 2)`` goes behind its name.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -29,7 +30,10 @@ from emstream.recording import Recording
 from emstream.recording.layout import UNKNOWN
 from emstream.sources import Url, wait_until
 
+log = logging.getLogger(__name__)
+
 ORIGINAL = "original"
+_LONG_S = 10.0
 
 
 def from_url(url: Url) -> ReplaySource:
@@ -108,6 +112,9 @@ class ReplaySource:
                 raise SourceError(f"{self.path}: frame {row} is damaged: {error}") from None
             if header.shape != pixels.shape or header.dtype != pixels.dtype:
                 raise SourceError(f"{self.path}: frame {row} and its header disagree about the frame's size")
+            wait_s = start_s + self._due_s[n] - time.monotonic()
+            if wait_s > _LONG_S:
+                log.info("frame %d is due in %.0f s", row, wait_s)
             if wait_until(start_s + self._due_s[n], stop):
                 return
             place = intake.offer(header)
@@ -131,14 +138,21 @@ def schedule(recording: Recording, rows: range, rate_hz: float | str | None) -> 
     if not isinstance(rate_hz, str):
         return np.arange(len(rows) + 1) / rate_hz
     chosen = slice(rows[0], rows[-1] + 1)
-    times_ns = recording.raw.timestamps_ns[chosen]
-    if (times_ns == UNKNOWN).any():
-        times_ns = recording.raw.arrived_ns[chosen]
-    # A clock that was set back does not stop the replay.
-    steps_s = np.maximum(np.diff(times_ns), 0) / 1e9
+    steps_s = _steps_s(recording.raw.arrived_ns[chosen])
+    if not ((times_ns := recording.raw.timestamps_ns[chosen]) == UNKNOWN).any():
+        camera_s = _steps_s(times_ns)
+        # One of the clocks jumped: the shorter step is the one that does not wait for that.
+        is_wild = np.abs(camera_s - steps_s) > _LONG_S
+        steps_s = np.where(is_wild, np.minimum(camera_s, steps_s), camera_s)
     usual_s = float(np.median(steps_s)) if len(steps_s) else 0.0
     due_s: np.ndarray = np.concatenate([[0.0], np.cumsum([*steps_s, usual_s])])
     return due_s
+
+
+def _steps_s(times_ns: np.ndarray) -> np.ndarray:
+    """[s] A clock that was set back does not stop the replay."""
+    steps_s: np.ndarray = np.maximum(np.diff(times_ns), 0) / 1e9
+    return steps_s
 
 
 def _of_pass(message: dict[str, Any], passes: int) -> dict[str, Any]:
