@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeGuard
 
-import numpy as np
-
 from emstream.errors import MalformedFrame
 from emstream.frame import PIXEL_TYPES
 from emstream.sources.cbor import Tag, loads
-from emstream.sources.compressed import ALGORITHMS, check, decompress
+from emstream.sources.compressed import ALGORITHMS
+from emstream.sources.delivery import Array
 from emstream.sources.series import portable
 
 COMPRESSED = 56500
@@ -42,54 +41,14 @@ _Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Array:
-    """The pixels of one channel, still as they came."""
-
-    shape: _Size
-    """(H, W)"""
-    type: str
-    endianness: str
-    column_major: bool
-    algorithm: str | None
-    element: int
-    """What bitshuffle shuffled [bytes]."""
-    data: memoryview
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape[0] * self.shape[1] * PIXEL_TYPES[self.type].itemsize
-
-    def write(self, out: np.ndarray) -> None:
-        """Write the pixels into `out` (H, W) of this type, in the byte order they came in."""
-        if self.column_major:
-            turned = np.empty(self.shape[::-1], out.dtype)
-            self._write_rows(turned)
-            out[...] = turned.T
-        else:
-            self._write_rows(out)
-
-    def read(self) -> np.ndarray:
-        """The pixels (H, W), in memory of their own and this machine's byte order."""
-        pixels = np.empty(self.shape, PIXEL_TYPES[self.type])
-        self.write(pixels)
-        return pixels.byteswap(inplace=True) if self.endianness == "big" else pixels
-
-    def _write_rows(self, out: np.ndarray) -> None:
-        if self.algorithm is None:
-            out.reshape(-1).view(np.uint8)[:] = self.data
-        else:
-            decompress(self.algorithm, self.data, self.element, out)
-
-
-@dataclass(frozen=True)
 class Start:
     """A series begins."""
 
     series: int | str
     source: str
     channels: list[str]
-    mask_enabled: bool
     masks: dict[str, Array]
+    """Of each channel, unless the detector is told to go without."""
     size: _Size | None
     exposure_s: float | None
     about: dict[str, Any]
@@ -146,13 +105,8 @@ def array(value: Any, max_frame_bytes: int, size: _Size | None = None) -> Array:
         algorithm, element, data = _compressed(data.value)
     if not isinstance(data, memoryview):
         raise MalformedFrame("typed array must hold bytes")
-    found = Array(size, kind, endianness, order == COLUMN_MAJOR, algorithm, element, data)
-    if found.nbytes > max_frame_bytes:
-        raise MalformedFrame(f"array is larger than the limit of {max_frame_bytes} bytes")
-    if algorithm is not None:
-        check(data, found.nbytes)
-    elif len(data) != found.nbytes:
-        raise MalformedFrame("pixels and the frame's size disagree")
+    found = Array(size, kind, endianness, algorithm, element, data, order == COLUMN_MAJOR)
+    found.check(max_frame_bytes)
     return found
 
 
@@ -172,7 +126,7 @@ def _start(fields: dict[str, Any], max_frame_bytes: int) -> Start:
     size = None
     if "image_size_x" in fields:
         size = _size([fields.get("image_size_y"), fields["image_size_x"]])
-    masks = fields.get("pixel_mask") or {}
+    masks = fields.get("pixel_mask", {}) if fields.get("pixel_mask_enabled") is not False else {}
     if not isinstance(masks, dict) or len(masks) > _MOST_CHANNELS:
         raise MalformedFrame("pixel_mask must be a map from channel to array")
     names = [fields.get(key) for key in ("detector_description", "detector_serial_number")]
@@ -190,7 +144,6 @@ def _start(fields: dict[str, Any], max_frame_bytes: int) -> Start:
         series=_series(fields),
         source=" ".join(name for name in names if _is_text(name) and name) or "DECTRIS",
         channels=channels[:_MOST_CHANNELS],
-        mask_enabled=fields.get("pixel_mask_enabled") is not False,
         masks={name: array(each, max_frame_bytes, size) for name, each in masks.items()},
         size=size,
         exposure_s=_positive(fields.get("count_time")),
