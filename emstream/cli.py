@@ -136,7 +136,10 @@ def demo(
 @app.command()
 def serve(
     input: Annotated[
-        str, typer.Option(metavar="URL", help="The camera: tcp://, pull+tcp://, file://, sim://")
+        str,
+        typer.Option(
+            metavar="URL", help="The camera: tcp://, pull+tcp://, dectris://, dectris1://, file://, sim://"
+        ),
     ],
     engine: EnginePath = None,
     output: Annotated[str, typer.Option(help="Endpoint to publish on.")] = "tcp://127.0.0.1:5556",
@@ -168,6 +171,20 @@ def serve(
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    gain_map: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="ADU per electron, pixel by pixel, on top of --gain.")
+    ] = None,
+    flat_field: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The camera's answer to even light; divided by.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Pixels that are not 0 here are bad: a neighbour's value."),
+    ] = None,
+    binning: Annotated[int, typer.Option(help="Add up squares of this many by this many pixels.")] = 1,
+    roi: Annotated[
+        str | None, typer.Option(metavar="RxC+T+L", help="Keep this part: rows x columns + top + left [px].")
+    ] = None,
     device: Device = "auto",
     precision: Precision = None,
     threads: Threads = None,
@@ -195,8 +212,8 @@ def serve(
     settings = Settings(
         input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect,
-        frames=frames,
+        offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
+        max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):
