@@ -70,6 +70,15 @@ def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
     assert min(shown.values()) > 0
 
 
+def test_cameras_compare_with_the_library_and_lose_nothing(bench: Any) -> None:
+    results = bench("cameras", "--size", "64", "--doses", "0.45")
+    assert [each["compression"] for each in results["decode"]] == ["bslz4", "lz4", "none"]
+    for each in results["decode"]:
+        assert each.keys() >= {"alone_per_s", "slot_per_s", "ratio", "quartiles", "message_bytes"}
+        assert each["sustained"].keys() == {"frames", "frames_per_s", "mb_per_s", "lost"}
+        assert each["sustained"]["lost"] == 0
+
+
 def test_recorder_writes_an_hours_frames_and_survives_a_kill(bench: Any) -> None:
     pytest.importorskip("hdf5plugin")
     results = bench("record", "--size", "64", "--split", "1MiB")

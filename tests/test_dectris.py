@@ -1,6 +1,6 @@
 """DECTRIS' streams: every kind of image, and whatever else may come over the socket.
 
-EMSTREAM_FUZZ=100000 with ``-k damaged -p no:timeout`` tries that many damaged messages of each stream.
+EMSTREAM_FUZZ=100000 with ``-k damaged_messages --timeout 0`` tries that many damaged messages of each stream.
 """
 
 from __future__ import annotations

@@ -15,8 +15,13 @@ from emstream.errors import MalformedFrame
 MAX_ITEMS = 50_000
 _MAX_DEPTH = 16
 _UINT, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _OTHER = range(8)
-_INDEFINITE = 31
-_BREAK = object()
+_INDEFINITE, _BREAK, _SHORT_TEXT = 31, 0xFF, 0x60
+_NUMBERS = {
+    24: struct.Struct(">B"),
+    25: struct.Struct(">H"),
+    26: struct.Struct(">I"),
+    27: struct.Struct(">Q"),
+}
 _FLOATS = {25: struct.Struct(">e"), 26: struct.Struct(">f"), 27: struct.Struct(">d")}
 _SIMPLE = {20: False, 21: True, 22: None, 23: None}
 
@@ -28,95 +33,112 @@ class Tag(NamedTuple):
 
 def loads(data: bytes | memoryview) -> Any:
     """The one item that `data` holds, byte strings as views of it. Raises MalformedFrame and nothing else."""
-    reader = _Reader(memoryview(data))
     try:
-        value = reader.item(0)
+        value, end = _Reader(memoryview(data)).item(0, 0)
     except (IndexError, struct.error):
         raise MalformedFrame("CBOR ends in mid-item") from None
     except UnicodeDecodeError:
         raise MalformedFrame("CBOR has a text that is not UTF-8") from None
-    if value is _BREAK or reader.at != len(data):
+    if end != len(data):
         raise MalformedFrame("CBOR has bytes behind its end")
     return value
 
 
 class _Reader:
-    """Walks over `data`, of which the first `at` bytes are read."""
+    """Reads items of `data`; every method is told where one begins, and returns where it ends, too."""
 
-    __slots__ = ("at", "data", "left")
+    __slots__ = ("data", "left", "length")
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
-        self.at = 0
+        self.length = len(data)
         self.left = MAX_ITEMS
 
-    def item(self, depth: int) -> Any:
-        self.left -= 1
+    def item(self, at: int, depth: int) -> tuple[Any, int]:
+        first = self.data[at]
+        at += 1
+        major, number = first >> 5, first & 31
+        if number > 23:
+            if major == _OTHER:
+                return self.other(number, at)
+            if number == _INDEFINITE:
+                return self.indefinite(major, at, depth)
+            if number not in _NUMBERS:
+                raise MalformedFrame("CBOR has a length that means nothing")
+            layout = _NUMBERS[number]
+            (number,) = layout.unpack_from(self.data, at)
+            at += layout.size
+        if major == _UINT:
+            return number, at
+        if major == _TEXT:
+            end = self.end(at, number)
+            return str(self.data[at:end], "utf-8"), end
+        if major == _BYTES:
+            end = self.end(at, number)
+            return self.data[at:end], end
+        if major == _NEGATIVE:
+            return -1 - number, at
+        if major == _OTHER:
+            return self.other(number, at)
+        self.spend(1 if major == _TAG else number, depth)
+        if major == _TAG:
+            value, at = self.item(at, depth + 1)
+            return Tag(number, value), at
+        if major == _ARRAY:
+            items = []
+            for _ in range(number):
+                value, at = self.item(at, depth + 1)
+                items.append(value)
+            return items, at
+        found = {}
+        for _ in range(number):
+            first = self.data[at]
+            if _SHORT_TEXT <= first < _SHORT_TEXT + 24:  # nearly every key is
+                end = at + 1 + first - _SHORT_TEXT
+                key, at = str(self.data[at + 1 : end], "utf-8"), end
+            else:
+                key, at = self.item(at, depth + 1)
+            if not isinstance(key, str):
+                raise MalformedFrame("CBOR has a map with a key that is no text")
+            found[key], at = self.item(at, depth + 1)
+        return found, at
+
+    def end(self, at: int, nbytes: int) -> int:
+        end = at + nbytes
+        if end > self.length:
+            raise IndexError
+        return end
+
+    def spend(self, items: int, depth: int) -> None:
+        self.left -= items
         if self.left < 0 or depth > _MAX_DEPTH:
             raise MalformedFrame("CBOR has too many items or levels")
-        first = self.data[self.at]
-        self.at += 1
-        major, info = first >> 5, first & 31
-        if info < 24:
-            number = info
-        elif info < 28 and major != _OTHER:
-            number = int.from_bytes(self.take(1 << (info - 24)), "big")
-        elif info == _INDEFINITE and major in (_BYTES, _TEXT, _ARRAY, _MAP, _OTHER):
-            return _BREAK if major == _OTHER else self.indefinite(major, depth)
-        elif major != _OTHER:
-            raise MalformedFrame("CBOR has a length that means nothing")
-        if major == _UINT:
-            return number
-        if major == _TEXT:
-            return str(self.take(number), "utf-8")
-        if major == _BYTES:
-            return self.take(number)
-        if major == _ARRAY:
-            return [self.inner(depth) for _ in range(min(number, MAX_ITEMS + 1))]
-        if major == _MAP:
-            return {self.key(depth): self.inner(depth) for _ in range(min(number, MAX_ITEMS + 1))}
-        if major == _TAG:
-            return Tag(number, self.inner(depth))
-        return -1 - number if major == _NEGATIVE else self.other(info)
 
-    def take(self, nbytes: int) -> memoryview:
-        start, self.at = self.at, self.at + nbytes
-        if self.at > len(self.data):
-            raise IndexError
-        return self.data[start : self.at]
-
-    def inner(self, depth: int) -> Any:
-        value = self.item(depth + 1)
-        if value is _BREAK:
-            raise MalformedFrame("CBOR has a break out of place")
-        return value
-
-    def key(self, depth: int) -> str:
-        value = self.item(depth + 1)
-        if not isinstance(value, str):
-            raise MalformedFrame("CBOR has a map with a key that is no text")
-        return value
-
-    def other(self, info: int) -> Any:
+    def other(self, info: int, at: int) -> tuple[Any, int]:
         if info in _FLOATS:
-            return _FLOATS[info].unpack(self.take(_FLOATS[info].size))[0]
+            (value,) = _FLOATS[info].unpack_from(self.data, at)
+            return value, at + _FLOATS[info].size
         if info not in _SIMPLE:
-            raise MalformedFrame("CBOR has a simple value that means nothing")
-        return _SIMPLE[info]
+            raise MalformedFrame("CBOR has a simple value that means nothing, or a break out of place")
+        return _SIMPLE[info], at
 
-    def indefinite(self, major: int, depth: int) -> Any:
+    def indefinite(self, major: int, at: int, depth: int) -> tuple[Any, int]:
         """Items up to a break."""
         items: list[Any] = []
-        while (value := self.item(depth + 1)) is not _BREAK:
+        while self.data[at] != _BREAK:
+            self.spend(1, depth)
+            value, at = self.item(at, depth + 1)
             items.append(value)
+        at += 1
         if major == _ARRAY:
-            return items
+            return items, at
         if major == _MAP:
             keys, values = items[::2], items[1::2]
             if len(keys) != len(values) or not all(isinstance(key, str) for key in keys):
                 raise MalformedFrame("CBOR has a map with a key that is no text")
-            return dict(zip(keys, values, strict=True))
-        kind = str if major == _TEXT else memoryview
-        if not all(isinstance(each, kind) for each in items):
-            raise MalformedFrame("CBOR has a string of pieces that are none")
-        return "".join(items) if major == _TEXT else memoryview(b"".join(items))
+            return dict(zip(keys, values, strict=True)), at
+        if major == _TEXT and all(isinstance(each, str) for each in items):
+            return "".join(items), at
+        if major == _BYTES and all(isinstance(each, memoryview) for each in items):
+            return memoryview(b"".join(items)), at
+        raise MalformedFrame("CBOR has a length that means nothing")

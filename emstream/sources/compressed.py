@@ -41,15 +41,14 @@ def check(data: bytes | memoryview, nbytes: int) -> None:
 def decompress(algorithm: str, data: bytes | memoryview, element: int, out: np.ndarray) -> None:
     """Write the pixels in `data` into `out`, C-contiguous, of any shape and type.
 
-    `element` [bytes] is what bitshuffle shuffled. Raises MalformedFrame when `data` is not whole.
+    `check` has let `data` pass; `element` [bytes] is what bitshuffle shuffled. Raises MalformedFrame
+    when `data` is not whole.
     """
     if algorithm not in ALGORITHMS:
         raise MalformedFrame(f"compression must be one of {', '.join(ALGORITHMS)}, or none")
     if algorithm == "bslz4" and element not in (1, 2, 4, 8):
         raise MalformedFrame("bitshuffle's element must have 1, 2, 4 or 8 bytes")
-    check(data, out.nbytes)
-    target = out.reshape(-1).view(np.uint8)
-    if _best()(algorithm, np.frombuffer(data, np.uint8), element, target) != out.nbytes:
+    if _best()(algorithm, np.frombuffer(data, np.uint8), element, out) != out.nbytes:
         raise MalformedFrame("compressed pixels are damaged")
 
 
@@ -69,7 +68,7 @@ def _best() -> _Decompress:
         except RuntimeError:
             return -1
         if len(pixels) == out.nbytes:
-            out[:] = np.frombuffer(pixels, np.uint8)
+            out.reshape(-1).view(np.uint8)[:] = np.frombuffer(pixels, np.uint8)
         return len(pixels)
 
     return _into_place(library, by_copy) or by_copy

@@ -14,7 +14,7 @@ Nothing here trusts its input: every reader raises MalformedFrame and nothing el
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeGuard
@@ -216,15 +216,19 @@ def _timestamp(date: Any, after_s: float | None) -> int | None:
         date = date.value
     if not isinstance(date, str) or after_s is None or len(date) > 40:
         return None
+    began_ns, after_ns = _ns_of(date), after_s * 1e9
+    if began_ns is None or not 0 <= began_ns + after_ns < 2**63:
+        return None
+    return began_ns + int(after_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _ns_of(date: str) -> int | None:
+    """[ns since the Unix epoch]"""
     try:
         began = datetime.fromisoformat(date)
     except ValueError:
         return None
     if began.tzinfo is None:
         began = began.replace(tzinfo=UTC)
-    since = began - datetime(1970, 1, 1, tzinfo=UTC)
-    whole_ns = since // timedelta(microseconds=1) * 1000
-    after_ns = after_s * 1e9
-    if not math.isfinite(after_ns) or not 0 <= whole_ns + after_ns < 2**63:
-        return None
-    return whole_ns + int(after_ns)
+    return (began - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1000
