@@ -27,7 +27,7 @@ def lz4_framed(pixels: np.ndarray, block: int = 1000) -> bytes:
     data = pixels.tobytes()
     pieces = [data[at : at + block] for at in range(0, len(data), block)]
     packed = [lz4.block.compress(piece, store_size=False) for piece in pieces]
-    kept = [min(pair, key=len) for pair in zip(packed, pieces, strict=True)]
+    kept = [min(pair, key=len) for pair in zip(pieces, packed, strict=True)]
     return struct.pack(">QI", len(data), block) + b"".join(
         struct.pack(">I", len(each)) + each for each in kept
     )

@@ -19,7 +19,7 @@ SUM = "sum"
 _SUM_TYPES = {"uint8": "uint16", "int8": "int16", "uint16": "uint32", "int16": "int32", "float32": "float32"}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Array:
     """The pixels of one channel, still as they came."""
 

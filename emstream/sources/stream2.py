@@ -55,7 +55,7 @@ class Start:
     """Whatever else is worth passing on."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Image:
     """One exposure, all its channels."""
 
