@@ -174,6 +174,14 @@ def test_mask_that_is_switched_off_is_left_aside() -> None:
     np.testing.assert_array_equal(got, PIXELS)
 
 
+def test_mask_of_mostly_bad_pixels_is_left_aside(caplog: pytest.LogCaptureFixture) -> None:
+    mask = np.ones(SHAPE, np.uint32)
+    mask[0] = 0
+    ((_, got),) = Desk().give(start(pixel_mask={"threshold_1": array(mask)}), image(0, PIXELS)).frames()
+    np.testing.assert_array_equal(got, PIXELS)
+    assert "1504 of its 1551 pixels are bad" in caplog.text
+
+
 def test_array_without_dimensions_has_those_of_the_start() -> None:
     bare = cbor2.CBORTag(69, PIXELS.tobytes())
     ((_, got),) = (

@@ -133,12 +133,11 @@ class Delivery:
 
 
 def _bad_pixels(mask: np.ndarray) -> BadPixels | None:
-    if not mask.any():
+    bad = int(np.count_nonzero(mask))
+    if 2 * bad > mask.size:
+        log.warning("the detector's pixel mask is left aside: %d of its %d pixels are bad", bad, mask.size)
         return None
-    if mask.all():
-        log.warning("the detector's pixel mask is left aside: all %d pixels are bad in it", mask.size)
-        return None
-    return BadPixels(mask)
+    return BadPixels(mask) if bad else None
 
 
 def _union(masks: list[np.ndarray]) -> np.ndarray:
