@@ -79,6 +79,15 @@ def test_cameras_compare_with_the_library_and_lose_nothing(bench: Any) -> None:
         assert each["sustained"]["lost"] == 0
 
 
+def test_fuzz_says_what_came_of_the_damaged_messages(bench: Any) -> None:
+    results = bench("fuzz")
+    assert set(results["decoders"]) == {"dectris", "dectris1"}
+    for each in results["decoders"].values():
+        assert each.keys() == {"frames", "rejected", "reasons", "slowest_ms", "grown_mib"}
+        assert each["frames"] > 0
+        assert each["reasons"] > 1
+
+
 def test_recorder_writes_an_hours_frames_and_survives_a_kill(bench: Any) -> None:
     pytest.importorskip("hdf5plugin")
     results = bench("record", "--size", "64", "--split", "1MiB")
