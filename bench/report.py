@@ -22,7 +22,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-LIBRARIES = ("numpy", "pyzmq", "msgpack", "openvino", "onnxruntime", "torch", "h5py", "hdf5plugin")
+LIBRARIES = (
+    "numpy",
+    "pyzmq",
+    "msgpack",
+    "openvino",
+    "onnxruntime",
+    "torch",
+    "h5py",
+    "hdf5plugin",
+    "dectris-compression",
+)
 _FEATURES = (
     "avx2",
     "avx512f",

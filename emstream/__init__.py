@@ -2,8 +2,8 @@
 
 Follow a frame through the package::
 
-    sources/     a camera's messages (ZeroMQ), a file, or a simulated specimen
-    intake.py    checks, overrun policy, gain and offset
+    sources/     a camera's messages (ZeroMQ, DECTRIS), a file, or a simulated specimen
+    intake.py    checks, overrun policy; corrections.py: gain, mask, flat field, binning
     ring.py      the frame's place in a batch, written once
     inference/   the engine: electron counts in, expected electrons out
     publish.py   out again, with its header and history

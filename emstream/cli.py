@@ -136,7 +136,10 @@ def demo(
 @app.command()
 def serve(
     input: Annotated[
-        str, typer.Option(metavar="URL", help="The camera: tcp://, pull+tcp://, file://, sim://")
+        str,
+        typer.Option(
+            metavar="URL", help="The camera: tcp://, pull+tcp://, dectris://, dectris1://, file://, sim://"
+        ),
     ],
     engine: EnginePath = None,
     output: Annotated[str, typer.Option(help="Endpoint to publish on.")] = "tcp://127.0.0.1:5556",
@@ -168,6 +171,20 @@ def serve(
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    gain_map: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="ADU per electron, pixel by pixel, on top of --gain.")
+    ] = None,
+    flat_field: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The camera's answer to even light; divided by.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Pixels that are not 0 here are bad: a neighbour's value."),
+    ] = None,
+    binning: Annotated[int, typer.Option(help="Add up squares of this many by this many pixels.")] = 1,
+    roi: Annotated[
+        str | None, typer.Option(metavar="RxC+T+L", help="Keep this part: rows x columns + top + left [px].")
+    ] = None,
     device: Device = "auto",
     precision: Precision = None,
     threads: Threads = None,
@@ -195,8 +212,8 @@ def serve(
     settings = Settings(
         input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect,
-        frames=frames,
+        offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
+        max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):
@@ -350,7 +367,13 @@ def _recording_line() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 @app.command()
 def camera(
-    output: Annotated[str, typer.Option(help="Endpoint to send on.")] = "tcp://127.0.0.1:5555",
+    output: Annotated[
+        str | None,
+        typer.Option(help="Endpoint to send on. [default: tcp://127.0.0.1:5555; dectris: port 31001]"),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="native, or dectris: a DECTRIS detector's Stream V2.")
+    ] = "native",
     rate: Rate = 40.0,
     dose: Dose = 0.45,
     height: Height = 512,
@@ -365,6 +388,23 @@ def camera(
     resize_every: Annotated[int, typer.Option(help="Fault: frames between changes of size.")] = 0,
     stall_every: Annotated[int, typer.Option(help="Fault: frames between pauses.")] = 0,
     stall_s: Annotated[float, typer.Option(help="Length of a pause [s].")] = 2.0,
+    type: Annotated[
+        str | None, typer.Option(help="dectris: uint8, uint16 or uint32. [default: uint16]")
+    ] = None,
+    compression: Annotated[
+        str | None, typer.Option(help="dectris: bslz4, lz4 or none. [default: bslz4]")
+    ] = None,
+    thresholds: Annotated[
+        int | None, typer.Option(help="dectris: channels of an image. [default: 1]")
+    ] = None,
+    dead: Annotated[int | None, typer.Option(help="dectris: bad pixels. [default: 0]")] = None,
+    series_frames: Annotated[
+        int | None, typer.Option(help="dectris: images of a series. [default: all]")
+    ] = None,
+    patterns: Annotated[
+        int | None, typer.Option(help="dectris: images made beforehand and sent in turn, for high rates.")
+    ] = None,
+    no_end: Annotated[bool, typer.Option("--no-end", help="Fault, dectris: series never end.")] = False,
     as_json: Json = False,
 ) -> None:
     """A simulated camera: a moving specimen, fresh Poisson noise, exact pacing.
@@ -374,20 +414,40 @@ def camera(
     import threading
 
     from emstream.camera import CameraSettings, Faults, run_camera
+    from emstream.camera.dectris import DectrisSettings, run_dectris
     from emstream.serve import stop_on_signals
 
-    settings = CameraSettings(
-        output=output, rate=rate, dose=dose, height=height, width=width, seed=seed, frames=frames,
-        push=push, wait=wait,
-        faults=Faults(
+    common: dict[str, Any] = {
+        "output": output, "rate": rate, "dose": dose, "height": height, "width": width, "seed": seed,
+        "frames": frames, "push": push, "wait": wait,
+        "faults": Faults(
             gap=gap, reorder=reorder, corrupt=corrupt, resize_every=resize_every,
             stall_every=stall_every, stall_s=stall_s,
         ),
-    )  # fmt: skip
+    }  # fmt: skip
+    detector: dict[str, Any] = {
+        "type": type, "compression": compression, "thresholds": thresholds, "dead": dead,
+        "series_frames": series_frames, "patterns": patterns, "end": False if no_end else None,
+    }  # fmt: skip
+    common, detector = (
+        {name: value for name, value in each.items() if value is not None} for each in (common, detector)
+    )
+    if protocol not in ("native", "dectris"):
+        raise ValueError(f"protocol must be native or dectris, got {protocol!r}")
+    if protocol == "native" and detector:
+        words = ", ".join(name.replace("_", "-") for name in detector)
+        raise ValueError(f"{words}: only with --protocol dectris")
     stop = threading.Event()
     log = logging.getLogger("emstream.camera")
+
+    def ready(endpoint: str) -> None:
+        log.info("camera on %s", endpoint)
+
     with stop_on_signals(stop.set):
-        report = run_camera(settings, stop, on_ready=lambda endpoint: log.info("camera on %s", endpoint))
+        if protocol == "dectris":
+            report = run_dectris(DectrisSettings(**common, **detector), stop, on_ready=ready)
+        else:
+            report = run_camera(CameraSettings(**common), stop, on_ready=ready)
     _print_report(report, as_json)
 
 

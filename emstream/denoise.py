@@ -14,9 +14,9 @@ import numpy as np
 
 import emstream
 from emstream.compare import Comparison, check_comparison
+from emstream.corrections import check_calibration
 from emstream.errors import EmstreamError, EngineError, FileFormatError
 from emstream.inference.engine import Engine
-from emstream.intake import check_calibration
 from emstream.movies import READABLE, Movie, check_output, open_movie, save_movie
 
 

@@ -7,22 +7,21 @@ A source calls, for each message it gets::
     intake.accept()                or intake.refuse(reason)
 
 and `malformed(reason)` for a message without a usable header, `mark(message)` for the
-start or end of a series. The overrun policy, gain and offset, and the check that pixels
-are numbers live here, so that every source has them alike.
+start or end of a series. The overrun policy, the corrections (`emstream.corrections`) and the
+check that pixels are numbers live here, so that every source has them alike.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
-from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 
-from emstream.errors import EngineError
+from emstream.corrections import Corrections
+from emstream.errors import EngineError, MalformedFrame
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark
@@ -49,14 +48,6 @@ class Source(Protocol):
         """Hand frames to `intake` until the camera is done or `stop` is set; then return within a second."""
 
 
-def check_calibration(gain: float, offset: float) -> None:
-    """Refuse a gain [ADU per electron] or an offset [ADU] that no camera has."""
-    if not (math.isfinite(gain) and gain > 0):
-        raise ValueError(f"gain must be positive, got {gain} ADU per electron")
-    if not math.isfinite(offset):
-        raise ValueError(f"offset must be a number, got {offset} ADU")
-
-
 def _all_finite(pixels: np.ndarray) -> bool:
     """Whether no pixel is NaN or infinite in float32. The sums of the columns tell, nearly always."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -75,20 +66,16 @@ class Intake:
         ring: Ring,
         ledger: Ledger,
         overrun: Overrun = Overrun.drop_oldest,
-        gain: float = 1.0,
-        offset: float = 0.0,
+        corrections: Corrections | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
     ) -> None:
-        """`gain` [ADU per electron] and `offset` [ADU] turn a camera's ADU into electrons."""
-        check_calibration(gain, offset)
         if max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {max_frame_bytes} bytes")
         self.max_frame_bytes = max_frame_bytes
         self._ring = ring
         self._ledger = ledger
         self._overrun = overrun
-        self._gain, self._offset = np.float32(gain), np.float32(offset)
-        self._converts = gain != 1.0 or offset != 0.0
+        self._corrections = corrections or Corrections()
         self._aborted = threading.Event()
         self._header: FrameHeader | None = None
         self._received_ns = 0
@@ -106,6 +93,9 @@ class Intake:
         self._ledger.number(header.source, header.series, header.frame)
         try:
             row = self._reserve(header)
+        except MalformedFrame as error:
+            self._count_rejected(str(error))
+            return None
         except (MemoryError, EngineError) as error:
             log.debug("%r", error)
             self._count_rejected(
@@ -116,7 +106,7 @@ class Intake:
             self._ledger.drop()
             return None
         self._header, self._row = header, row
-        if not self._converts:
+        if not self._corrections.moves:
             return row
         if (self._raw.shape, self._raw.dtype) != (header.shape, header.dtype):
             self._raw = np.empty(header.shape, header.dtype)
@@ -125,7 +115,7 @@ class Intake:
     def accept(self) -> None:
         """The row offered last is written."""
         header, row = self._take_header(), self._row
-        written = self._raw if self._converts else row
+        written = self._raw if self._corrections.moves else row
         if header.endianness != "little":
             written.byteswap(inplace=True)
             header.endianness = "little"
@@ -133,10 +123,8 @@ class Intake:
             self._ring.cancel()
             self._count_rejected("pixels are not numbers (NaN or infinite)")
             return
-        if self._converts:
-            np.subtract(written, self._offset, out=row, casting="unsafe")
-            np.divide(row, self._gain, out=row)
-            header = replace(header, type="float32", units="electrons")
+        self._corrections.apply(written, row)
+        header = self._corrections.header(header)
         self._ring.commit(header, self._received_ns)
 
     def refuse(self, reason: str) -> None:
@@ -155,14 +143,14 @@ class Intake:
         self._ring.mark(SeriesMark(message))
 
     def _reserve(self, header: FrameHeader) -> np.ndarray | None:
-        dtype = np.dtype(np.float32) if self._converts else header.dtype
-        row = self._ring.reserve(header.shape, dtype)
+        shape, dtype = self._corrections.shape_of(header.shape), self._corrections.type_of(header.dtype)
+        row = self._ring.reserve(shape, dtype)
         if row is None and self._overrun is Overrun.drop_oldest and (lost := self._ring.evict()):
             self._ledger.drop(lost)
-            row = self._ring.reserve(header.shape, dtype)
+            row = self._ring.reserve(shape, dtype)
         while row is None and self._overrun is Overrun.block and not self._aborted.is_set():
             self._ring.wait_free(timeout_s=0.1)
-            row = self._ring.reserve(header.shape, dtype)
+            row = self._ring.reserve(shape, dtype)
         return row
 
     def _take_header(self) -> FrameHeader:

@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from emstream.errors import EngineError, EngineUnavailable
+from emstream.corrections import Corrections, Region, check_calibration
+from emstream.errors import EngineError, EngineUnavailable, FileFormatError, MalformedFrame, SourceError
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
-from emstream.intake import Intake, Overrun, Source, check_calibration
+from emstream.intake import Intake, Overrun, Source
 from emstream.ledger import Ledger
 from emstream.memory import keep_freed_blocks
+from emstream.movies import open_movie
 from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.ring import Ring
@@ -63,6 +65,16 @@ class Settings:
     """
     gain: float = 1.0
     offset: float = 0.0
+    gain_map: Path | None = None
+    """ADU per electron, pixel by pixel, on top of `gain`; as the next two a file with one frame."""
+    flat_field: Path | None = None
+    """The camera's answer to even light, in any unit."""
+    mask: Path | None = None
+    """Bad pixels: those that are not 0."""
+    binning: int = 1
+    """Squares of so many by so many pixels are added up."""
+    roi: str | None = None
+    """Part of the frame that is kept: rows x columns + top + left."""
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
     queue: int = DEFAULT_QUEUE
     """Messages a subscriber may lag by before it loses some."""
@@ -79,6 +91,10 @@ class Settings:
     def __post_init__(self) -> None:
         self.expected_frame()
         check_calibration(self.gain, self.offset)
+        if self.roi is not None:
+            Region.of(self.roi)
+        if self.binning < 1:
+            raise ValueError(f"binning must be at least 1 pixel, got {self.binning}")
         if self.max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {self.max_frame_bytes} bytes")
         for name in ("max_wait_ms", "drain_s"):
@@ -87,8 +103,22 @@ class Settings:
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
 
-    def expected_frame(self, engine: Engine | None = None) -> tuple[tuple[int, int], np.dtype[Any]]:
-        """(H, W) and type of the frames that `engine` should be ready for."""
+    def corrections(self) -> Corrections:
+        """What every frame goes through before the engine. Raises SourceError for a map that cannot be read."""
+        return Corrections(
+            gain=self.gain,
+            offset=self.offset,
+            gain_map=_map_from(self.gain_map),
+            flat_field=_map_from(self.flat_field),
+            mask=_map_from(self.mask),
+            binning=self.binning,
+            roi=None if self.roi is None else Region.of(self.roi),
+        )
+
+    def expected_frame(
+        self, engine: Engine | None = None, corrections: Corrections | None = None
+    ) -> tuple[tuple[int, int], np.dtype[Any]]:
+        """(H, W) and type of the frames that `engine` should be ready for: what `corrections` leave."""
         shape, dtype = (engine.made_for if engine else None) or ((512, 512), PIXEL_TYPES["uint8"])
         if self.expect is not None:
             match = re.fullmatch(r"(\d+)x(\d+):(\w+)", self.expect)
@@ -97,8 +127,26 @@ class Settings:
                     f"expect must look like 512x512:uint8 (rows, columns, type), got {self.expect!r}"
                 )
             shape, dtype = (int(match[1]), int(match[2])), PIXEL_TYPES[match[3]]
-        converted = self.gain != 1.0 or self.offset != 0.0
-        return shape, PIXEL_TYPES["float32"] if converted else dtype
+        if corrections is None:
+            return shape, dtype
+        if self.expect is not None:
+            try:
+                shape = corrections.shape_of(shape)
+            except MalformedFrame as error:
+                raise ValueError(f"expect {self.expect!r}: {error}") from None
+        return shape, corrections.type_of(dtype)
+
+
+def _map_from(path: Path | None) -> np.ndarray | None:
+    """The first frame (H, W) of a file."""
+    if path is None:
+        return None
+    try:
+        with open_movie(path) as movie:
+            frame: np.ndarray = np.array(movie[0])
+    except FileFormatError as error:
+        raise SourceError(str(error)) from None
+    return frame
 
 
 @dataclass(frozen=True)
@@ -123,20 +171,20 @@ def build(
 ) -> Service:
     """Put a service together. `source` and `engine` given here stand in for those the settings name."""
     keep_freed_blocks()
-    ledger = Ledger()
+    ledger, corrections = Ledger(), settings.corrections()
     with contextlib.ExitStack() as stack:
         if engine is None:
-            engine = _load_prepared(settings)
+            engine = _load_prepared(settings, corrections)
             stack.callback(engine.close)
         else:
             stack.callback(engine.close)
-            engine.prepare(*settings.expected_frame(engine))
-        service = _assemble(settings, ledger, engine, source)
+            engine.prepare(*settings.expected_frame(engine, corrections))
+        service = _assemble(settings, ledger, corrections, engine, source)
         stack.pop_all()
     return service
 
 
-def _load_prepared(settings: Settings) -> Engine:
+def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
     """The engine, ready for the first frame; the CPU's when the GPU, not asked for by number, cannot."""
 
     def load(device: str) -> Engine:
@@ -144,7 +192,7 @@ def _load_prepared(settings: Settings) -> Engine:
             settings.engine, precision=settings.precision, threads=settings.threads, device=device
         )
         try:
-            engine.prepare(*settings.expected_frame(engine))
+            engine.prepare(*settings.expected_frame(engine, corrections))
         except BaseException:
             engine.close()
             raise
@@ -161,7 +209,9 @@ def _load_prepared(settings: Settings) -> Engine:
         return load("cpu")
 
 
-def _assemble(settings: Settings, ledger: Ledger, engine: Engine, source: Source | None) -> Service:
+def _assemble(
+    settings: Settings, ledger: Ledger, corrections: Corrections, engine: Engine, source: Source | None
+) -> Service:
     max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
     if engine.max_batch is not None and max_batch > engine.max_batch:
         raise ValueError(
@@ -173,7 +223,7 @@ def _assemble(settings: Settings, ledger: Ledger, engine: Engine, source: Source
         max_wait_ns=int(settings.max_wait_ms * 1e6),
         allocate=engine.allocate,
     )
-    ring.prepare(*settings.expected_frame(engine))
+    ring.prepare(*settings.expected_frame(engine, corrections))
     dose_range = engine.card.dose_range if engine.card else None
     publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
     try:
@@ -185,8 +235,7 @@ def _assemble(settings: Settings, ledger: Ledger, engine: Engine, source: Source
         ring,
         ledger,
         overrun=settings.overrun or (Overrun.block if source.lossless else Overrun.drop_oldest),
-        gain=settings.gain,
-        offset=settings.offset,
+        corrections=corrections,
         max_frame_bytes=settings.max_frame_bytes,
     )
     pipeline = Pipeline(

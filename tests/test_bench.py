@@ -70,6 +70,24 @@ def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
     assert min(shown.values()) > 0
 
 
+def test_cameras_compare_with_the_library_and_lose_nothing(bench: Any) -> None:
+    results = bench("cameras", "--size", "64", "--doses", "0.45")
+    assert [each["compression"] for each in results["decode"]] == ["bslz4", "lz4", "none"]
+    for each in results["decode"]:
+        assert each.keys() >= {"alone_per_s", "slot_per_s", "ratio", "quartiles", "message_bytes"}
+        assert each["sustained"].keys() == {"frames", "frames_per_s", "mb_per_s", "lost"}
+        assert each["sustained"]["lost"] == 0
+
+
+def test_fuzz_says_what_came_of_the_damaged_messages(bench: Any) -> None:
+    results = bench("fuzz")
+    assert set(results["decoders"]) == {"dectris", "dectris1"}
+    for each in results["decoders"].values():
+        assert each.keys() == {"frames", "rejected", "reasons", "slowest_ms", "grown_mib"}
+        assert each["frames"] > 0
+        assert each["reasons"] > 1
+
+
 def test_recorder_writes_an_hours_frames_and_survives_a_kill(bench: Any) -> None:
     pytest.importorskip("hdf5plugin")
     results = bench("record", "--size", "64", "--split", "1MiB")

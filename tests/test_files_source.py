@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from emstream import sources, wire
+from emstream.corrections import Corrections
 from emstream.errors import SourceError
 from emstream.frame import FrameHeader, now_ns
 from emstream.intake import Intake, Overrun
@@ -312,7 +313,7 @@ def test_frames_that_find_no_slot_are_counted_as_dropped(tmp_path: Path) -> None
 
 
 def test_gain_and_offset_apply_as_to_any_camera(tmp_path: Path) -> None:
-    bench = Bench(gain=32.0, offset=10.0)
+    bench = Bench(corrections=Corrections(gain=32.0, offset=10.0))
     bench.run(FileSource(saved(tmp_path, units="ADU")))
     np.testing.assert_array_equal(bench.frames, (movie().astype(np.float32) - 10) / 32)
     assert {header.units for header in bench.headers} == {"electrons"}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emstream.corrections import Corrections
 from emstream.frame import FrameHeader
 from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
@@ -123,7 +124,7 @@ def test_big_endian_pixels_are_turned_round() -> None:
 
 
 def test_gain_and_offset_turn_adu_into_electrons() -> None:
-    desk = Desk(gain=32.2, offset=100.0)
+    desk = Desk(corrections=Corrections(gain=32.2, offset=100.0))
     electrons = np.arange(64).reshape(SHAPE)
     desk.give(header(0, SHAPE, "uint16", units="ADU"), np.round(electrons * 32.2 + 100))
     slot = desk.take()
@@ -133,7 +134,7 @@ def test_gain_and_offset_turn_adu_into_electrons() -> None:
 
 
 def test_big_endian_adu_are_turned_round_before_the_gain() -> None:
-    desk = Desk(gain=2.0)
+    desk = Desk(corrections=Corrections(gain=2.0))
     row = desk.intake.offer(header(0, SHAPE, "uint16", endianness="big"))
     assert row is not None
     row[:] = np.full(SHAPE, 8, np.uint16).byteswap()
@@ -165,9 +166,6 @@ def test_frame_that_no_memory_can_hold_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"gain": 0.0}, "gain must be positive, got 0.0 ADU per electron"),
-        ({"gain": float("nan")}, "gain must be positive"),
-        ({"offset": float("inf")}, "offset must be a number, got inf ADU"),
         ({"max_frame_bytes": 0}, "got 0 bytes"),
     ],
 )

@@ -25,6 +25,10 @@ SCHEMES = {
     "pull+ipc": "zmq",
     "file": "files",
     "sim": "simulated",
+    "dectris": "dectris",
+    "dectris+ipc": "dectris",
+    "dectris1": "dectris1",
+    "dectris1+ipc": "dectris1",
 }
 
 

@@ -23,6 +23,7 @@ from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.sources import open_source
+from tests import dectris
 from tests.conftest import message
 from tests.recordings import raw, record
 
@@ -42,7 +43,7 @@ class Cameras:
         self.sockets: list[zmq.Socket[bytes]] = []
         self.threads: list[threading.Thread] = []
 
-    def push(self, messages: list[list[Any]]) -> str:
+    def push(self, messages: list[list[Any]], scheme: str = "pull+ipc") -> str:
         """Send once a receiver is there."""
         socket = self.socket(zmq.PUSH)
 
@@ -52,7 +53,7 @@ class Cameras:
                     socket.send_multipart(parts)
 
         self.background(send)
-        return f"pull+ipc://{self.folder}/camera"
+        return f"{scheme}://{self.folder}/camera"
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self.context.socket(kind)
@@ -105,6 +106,16 @@ def array_1_0(cameras: Cameras, frames: int) -> str:
     return cameras.push(messages)
 
 
+def dectris_v2(cameras: Cameras, frames: int) -> str:
+    images = [[dectris.image(n, picture(n))] for n in range(frames)]
+    return cameras.push([[dectris.start()], *images, [dectris.end()]], "dectris+ipc")
+
+
+def dectris_v1(cameras: Cameras, frames: int) -> str:
+    images = [dectris.image1(n, picture(n)) for n in range(frames)]
+    return cameras.push([dectris.header1(), *images, dectris.end1()], "dectris1+ipc")
+
+
 def file(cameras: Cameras, frames: int) -> str:
     path = cameras.folder / "movie.npy"
     np.save(path, np.stack([picture(n) for n in range(frames)]))
@@ -122,7 +133,8 @@ def simulated(cameras: Cameras, frames: int) -> str:
 
 
 SOURCES: dict[str, Callable[[Cameras, int], str]] = {
-    "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "file": file, "recording": recording, "sim": simulated,
+    "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "dectris": dectris_v2, "dectris1": dectris_v1,
+    "file": file, "recording": recording, "sim": simulated,
 }  # fmt: skip
 
 

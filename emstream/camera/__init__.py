@@ -1,7 +1,7 @@
 """The simulated camera as a program of its own: ``emstream camera``.
 
 A moving specimen, fresh Poisson noise per frame, exact pacing, seeded; and the ways in
-which real cameras misbehave, on request.
+which real cameras misbehave, on request. Native format here, other protocols beside.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _stream(
     report = {"sent": 0, "gaps": 0, "reordered": 0, "corrupted": 0}
     held: Message | None = None
     begin_ns = now_ns()
-    _send(socket, [TOPIC, wire.pack(start_message(series))], stop)
+    send(socket, [TOPIC, wire.pack(start_message(series))], stop)
     for number in paced(settings.rate, stop, settings.frames):
         if faults.stall_every and number and number % faults.stall_every == 0:
             stop.wait(faults.stall_s)
@@ -140,16 +140,16 @@ def _stream(
             held = message
             continue
         for each in (message, held) if held else (message,):
-            report["sent"] += _send(socket, each, stop)
+            report["sent"] += send(socket, each, stop)
         held = None
     if held:
-        report["sent"] += _send(socket, held, stop)
-    _send(socket, [TOPIC, wire.pack(end_message(series))], stop)
+        report["sent"] += send(socket, held, stop)
+    send(socket, [TOPIC, wire.pack(end_message(series))], stop)
     seconds = (now_ns() - begin_ns) / 1e9
     return report | {"frames_per_s": round(report["sent"] / seconds, 3), "series": series}
 
 
-def _send(socket: zmq.Socket[bytes], message: Message, stop: threading.Event) -> bool:
+def send(socket: zmq.Socket[bytes], message: Message, stop: threading.Event) -> bool:
     """Send, waiting for a PUSH peer but not beyond `stop`."""
     while not socket.poll(100, zmq.POLLOUT):
         if stop.is_set():

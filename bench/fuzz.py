@@ -1,0 +1,152 @@
+"""Does anything that may come over a detector's socket crash, hang or bloat its decoder?
+
+Good messages of each stream are damaged at random, seeded: bytes changed, cut out, put in or doubled, mostly
+near the front, where the meaning is. Every one is decoded as `emstream serve` would. Whatever happens must be
+a frame, a mark or a rejection with a reason, and nothing but these; the ledger must add up each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+
+from bench import report
+from emstream.camera.dectris import COMPRESSIONS, DectrisSettings, Detector
+from emstream.intake import Intake
+from emstream.ledger import Ledger
+from emstream.ring import Ring, Slot
+from emstream.sources import dectris, dectris1
+
+SIZE = 48  # px
+LIMIT = 1_000_000  # bytes of a frame
+DECODERS: dict[str, Callable[[], Any]] = {"dectris": dectris.Decoder, "dectris1": dectris1.Decoder}
+_EVERY = 2000  # messages for which a decoder lives
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = report.parser("fuzz", __doc__)
+    parser.add_argument("--inputs", type=int, default=100_000, help="of each decoder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.inputs = min(arguments.inputs, 500)
+    logging.disable(logging.WARNING)  # every rejection would be said
+    results: dict[str, Any] = {**report.stamp("fuzz", argv), "inputs": arguments.inputs, "decoders": {}}
+    with report.progress("fuzz", arguments.inputs * len(DECODERS)) as show:
+        for n, name in enumerate(DECODERS):
+            done = n * arguments.inputs
+            results["decoders"][name] = fuzz(name, arguments, partial(_later, show, done, name))
+    report.write("fuzz", "Damaged messages", results, _markdown(results), arguments)
+    return results
+
+
+def fuzz(name: str, arguments: argparse.Namespace, show: Callable[[int], None]) -> dict[str, Any]:
+    """What came of `arguments.inputs` damaged messages; raises when a decoder did."""
+    rng = np.random.default_rng((arguments.seed, len(name)))
+    good = _good(name)
+    whole, rejected, slowest_s, reasons = 0, 0, 0.0, set()
+    for first in range(0, arguments.inputs, _EVERY):
+        ring, ledger, decoder = Ring(4, 1), Ledger(), DECODERS[name]()
+        intake = Intake(ring, ledger, max_frame_bytes=LIMIT)
+        if first == 0:
+            before = psutil.Process().memory_info().rss
+        for n in range(first, min(first + _EVERY, arguments.inputs)):
+            parts = list(good[int(rng.integers(len(good)))])
+            at = int(rng.integers(len(parts)))
+            parts[at] = _damaged(parts[at], rng)
+            start_s = time.perf_counter()
+            decoder.decode(
+                memoryview(parts[0]) if name == "dectris" else [memoryview(part) for part in parts], intake
+            )
+            slowest_s = max(slowest_s, time.perf_counter() - start_s)
+            whole += sum(_taken(ring))
+            counted = ledger.snapshot()
+            assert counted["received"] == counted["rejected"] + counted["dropped"] + counted["in_flight"], n
+        rejected += counted["rejected"]
+        reasons |= set(ledger.reasons())
+        show(first)
+    grown = psutil.Process().memory_info().rss - before
+    return {
+        "frames": whole,
+        "rejected": rejected,
+        "reasons": len(reasons),
+        "slowest_ms": round(slowest_s * 1e3, 2),
+        "grown_mib": round(grown / 2**20, 1),
+    }
+
+
+def _later(show: Callable[[float, str], None], done: int, name: str, more: int) -> None:
+    show(done + more, name)
+
+
+def _taken(ring: Ring) -> Iterator[int]:
+    while (item := ring.claim(block=False)) is not None:
+        if isinstance(item, Slot):
+            yield len(item)
+            ring.release(item)
+
+
+def _damaged(message: bytes, rng: np.random.Generator) -> bytes:
+    made = bytearray(message)
+    for _ in range(int(rng.integers(1, 3))):
+        reach = min(len(made), 150) if rng.random() < 0.7 else len(made)
+        at, length = int(rng.integers(reach + 1)), int(rng.integers(1, 9))
+        kind = int(rng.integers(5))
+        if kind == 0 and at < len(made):
+            made[at] = int(rng.integers(256))
+        elif kind == 1 and at < len(made):
+            made[at] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            del made[at : at + length]
+        elif kind == 3:
+            made[at:at] = rng.bytes(length)
+        elif rng.random() < 0.3:
+            del made[at:]
+        else:
+            made[at:at] = made[at : at + 4 * length]
+    return bytes(made)
+
+
+def _good(name: str) -> list[list[bytes]]:
+    """Messages of all kinds, as lists of parts."""
+    series = [
+        Detector(
+            DectrisSettings(height=SIZE, width=SIZE, compression=each, thresholds=2, dead=4, patterns=1)
+        ).arm(n, 0)
+        for n, each in enumerate(COMPRESSIONS)
+    ]
+    if name == "dectris":
+        return [[message] for each in series for message in (each.start(), each.image(0, 0), each.end())]
+    pixels = np.zeros((SIZE, SIZE), np.uint16).tobytes()
+    shape = f'"shape": [{SIZE}, {SIZE}], "type": "uint16"'.encode()
+    head = [b'{"htype": "dimage-1.0", "series": 1, "frame": 3}']
+    times = [b'{"htype": "dconfig-1.0", "real_time": 1000}']
+    packed = series[0].image(0, 0)[300:]
+    images = [
+        [*head, b'{"htype": "dimage_d-1.0", ' + shape + b', "encoding": "' + encoding + b'"}', data, *times]
+        for encoding, data in ((b"<", pixels), (b"lz4<", packed), (b"bs16-lz4<", bytes(12) + packed))
+    ]
+    config = b'{"description": "QUADRO", "nimages": 5, "ntrigger": 1, "count_time": 0.1}'
+    mask = [b'{"htype": "dpixelmask-1.0", "shape": [8, 8], "type": "uint32"}', bytes(256)]
+    start = [b'{"htype": "dheader-1.0", "series": 1, "header_detail": "all"}', config, *mask]
+    return [*images, start, start[:1], [config], [b'{"htype": "dseries_end-1.0", "series": 1}']]
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    rows = [[name, *each.values()] for name, each in results["decoders"].items()]
+    columns = ["decoder", "frames", "rejected", "different reasons", "slowest [ms]", "memory grown [MiB]"]
+    said = f"{results['inputs']:,} damaged messages each, none of which raised anything."
+    return f"{report.table(columns, rows)}\n\n{said}"
+
+
+if __name__ == "__main__":
+    main()

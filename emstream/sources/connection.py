@@ -1,0 +1,124 @@
+"""The socket between a camera and its source: connect, wait, connect again, empty it at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+
+import zmq
+
+from emstream.endpoint import last_endpoint
+from emstream.errors import SourceError
+from emstream.intake import Intake
+from emstream.sources import Url
+
+log = logging.getLogger(__name__)
+
+QUEUE_FRAMES = 64  # kept by ZeroMQ before the ring takes them
+_POLL_MS = 100  # how soon a stop is noticed
+
+
+def address(url: Url, scheme: str, default_port: int | None = None) -> str:
+    """The ``tcp://HOST:PORT`` or ``ipc://PATH`` in `url`; `scheme` is what an error proposes."""
+    if url.parts.scheme.endswith("ipc"):
+        if not url.path:
+            raise ValueError(f"--input {url.text!r}: expected ipc://PATH")
+        return f"ipc://{url.parts.netloc}{url.parts.path}"
+    try:
+        port = url.parts.port or default_port
+    except ValueError:
+        port = None
+    if not url.parts.hostname or not port:
+        raise ValueError(f"--input {url.text!r}: expected {scheme}://HOST:PORT")
+    host = url.parts.netloc.rpartition(":")[0] if url.parts.port else url.parts.netloc.rstrip(":")
+    return f"tcp://{host}:{port}{url.parts.path}"
+
+
+class Connection:
+    """A SUB or PULL socket to one camera; a camera that goes away is waited for."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        kind: int,
+        max_message_bytes: int,
+        topic: str = "",
+        bind: bool = False,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Beyond `max_message_bytes` for a part of a message ZeroMQ drops the connection."""
+        self.socket = (context or zmq.Context.instance()).socket(kind)
+        self.socket.rcvhwm = QUEUE_FRAMES
+        self.socket.linger = 0
+        self.socket.maxmsgsize = max_message_bytes
+        # A camera that loses power says nothing; only TCP notices.
+        self.socket.tcp_keepalive = 1
+        self.socket.tcp_keepalive_idle = 10
+        self.socket.tcp_keepalive_intvl = 5
+        self.socket.tcp_keepalive_cnt = 3
+        if kind == zmq.SUB:
+            self.socket.subscribe(topic)
+        try:
+            if bind:
+                self.socket.bind(endpoint)
+            else:
+                self.socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.socket.close()
+            hint = "the address is in use" if error.errno == zmq.EADDRINUSE else error.strerror
+            raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
+        self.endpoint = last_endpoint(self.socket)
+        self._connects = not bind
+        self._disconnections = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def run(self, receive: Callable[[Intake], None], intake: Intake, stop: threading.Event) -> None:
+        """Call `receive`, which takes one message off the socket or raises zmq.Again, until `stop`."""
+        try:
+            self.socket.rcvtimeo = _POLL_MS
+            log.info("waiting for frames from %s", self.endpoint)
+            while not stop.is_set():
+                try:
+                    receive(intake)
+                except zmq.Again:
+                    self._notice_disconnection(intake)
+            # What the queue holds by now has been received, too.
+            for _ in range(QUEUE_FRAMES):
+                if not self.socket.poll(0):
+                    break
+                receive(intake)
+        finally:
+            self.socket.disable_monitor()
+            self._disconnections.close(linger=0)
+            self.socket.close()
+
+    def more(self) -> bool:
+        """Whether the message has parts that are not read."""
+        return bool(self.socket.get(zmq.RCVMORE))
+
+    def discard(self) -> int:
+        """Forget what is left of the message; returns how many parts that were."""
+        parts = 0
+        while self.more():
+            self.socket.recv_into(bytearray())
+            parts += 1
+        return parts
+
+    def _notice_disconnection(self, intake: Intake) -> None:
+        """Connect again: ZeroMQ does so by itself, but not after a message above its limit."""
+        if not self._disconnections.poll(0):
+            return
+        while self._disconnections.poll(0):
+            self._disconnections.recv_multipart()
+        log.warning(
+            "%s disconnected: the camera went away, or sent a message far above the largest frame of %g MiB; "
+            "waiting for it",
+            self.endpoint,
+            intake.max_frame_bytes / 1024**2,
+        )
+        if self._connects:
+            with contextlib.suppress(zmq.ZMQError):  # already forgotten by ZeroMQ
+                self.socket.disconnect(self.endpoint)
+            self.socket.connect(self.endpoint)

@@ -1,0 +1,47 @@
+"""Which series a camera is in: each has a start and an end, whatever the camera says or forgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+
+from emstream import wire
+from emstream.intake import Intake
+
+_LARGEST_EXTRA = 4096  # [bytes]
+
+
+class SeriesTracker:
+    """Puts the marks of series among the frames. A series that never ends is closed by the next."""
+
+    def __init__(self) -> None:
+        self.open: tuple[str, int | str] | None = None
+        """Name of the camera, and the series under way."""
+
+    def start(self, intake: Intake, source: str, series: int | str, **about: Any) -> None:
+        if self.open:
+            self._mark(intake, wire.END, unfinished=True)
+        self.open = (source, series)
+        self._mark(intake, wire.START, **about)
+
+    def end(self, intake: Intake, series: int | str) -> None:
+        """The end of a series that is not under way says nothing."""
+        if self.open and self.open[1] == series:
+            self._mark(intake, wire.END)
+            self.open = None
+
+    def _mark(self, intake: Intake, htype: str, **about: Any) -> None:
+        assert self.open
+        source, series = self.open
+        known = {key: value for key, value in about.items() if value is not None}
+        intake.mark({**known, "htype": htype, "source": source, "series": series})
+
+
+def portable(value: Any) -> Any:
+    """What a user attached to a series or frame, where a header can carry it, else None."""
+    try:
+        packed = msgpack.packb(value)
+        return msgpack.unpackb(packed) if len(packed) <= _LARGEST_EXTRA else None
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return None
