@@ -369,3 +369,12 @@ def test_skipped_files_are_counted(tmp_path: Path) -> None:
     assert (report["files"], report["skipped"], report["failed"]) == ({}, ["in.npy"], {})
     assert "1 of 1 exist in" in second.stderr
     assert "--overwrite makes them again" in second.stderr
+
+
+def test_brackets_in_a_name_are_no_markup(tmp_path: Path) -> None:
+    source = saved(tmp_path, name="[bold]run[7].npy")
+    done = CliRunner().invoke(
+        app, ["denoise", str(source), str(tmp_path / "[x].npy"), "--engine", "identity"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "[x].npy" in done.stdout.replace("\n", "")
