@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import re
 import secrets
 import signal
 import threading
@@ -41,6 +42,7 @@ from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
 from emstream.recording.layout import COUNTERS, WRITE_ERROR
+from emstream.recording.reader import part_of
 from emstream.recording.writer import RecordingFile, compression, reason
 
 log = logging.getLogger(__name__)
@@ -102,11 +104,16 @@ class RecordSettings:
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
         disk.check_writable(path.parent)
-        there = [path, *path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9]{path.suffix}")]
-        for each in there:
+        for each in _parts(path):
             if each.exists() and not self.overwrite:
                 raise OutputError(f"{each} exists already; choose another name or allow --overwrite")
         return path
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that a recording to `path` may consist of, and those that are there."""
+    pattern = re.compile(re.escape(path.stem) + r"-\d{4,}" + re.escape(path.suffix))
+    return [path, *sorted(each for each in path.parent.iterdir() if pattern.fullmatch(each.name))]
 
 
 class Recorder:
@@ -140,6 +147,7 @@ class Recorder:
         self._early_mark: Entry | None = None
         self._file: RecordingFile | None = None
         self._files: list[Path] = []
+        self._id = secrets.token_hex(8)
         self._recorded = {"raw": 0, "denoised": 0}
         self._unwritten = {"raw": 0, "denoised": 0}
         self._next_commit_s = 0.0
@@ -408,7 +416,12 @@ class Recorder:
         path = self.path if part == 1 else self.path.with_stem(f"{self.path.stem}-{part:04d}")
         if self.settings.overwrite:
             path.unlink(missing_ok=True)
-        self._file = RecordingFile(path, entry, part=part, compress=self.settings.compress, gaps=self._gaps)
+            for older in _parts(path)[1:] if part == 1 else ():
+                if (part_of(older) or 0) > 1:  # and no other file that has such a name
+                    older.unlink(missing_ok=True)
+        self._file = RecordingFile(
+            path, entry, part=part, compress=self.settings.compress, gaps=self._gaps, recording_id=self._id
+        )
         self._files.append(path)
         self._next_commit_s = (
             0.0  # at once: readable from the first frame on, room for a thousand headers taken

@@ -23,7 +23,7 @@ from emstream.record import Recorder, RecorderProcess, RecordSettings
 from emstream.recording import Recording, disk
 from emstream.recording.writer import RecordingFile
 from tests.conftest import Rig, exact, message
-from tests.recordings import denoised, raw
+from tests.recordings import denoised, raw, record
 
 pytest.importorskip("hdf5plugin")
 
@@ -206,6 +206,20 @@ def test_folder_gets_a_file_named_by_date_and_time(start: Any, tmp_path: Path) -
     (name,) = run.join()["files"]
     assert Path(name).match("emstream-*.h5")
     assert Path(name).parent == tmp_path
+
+
+def test_overwriting_removes_every_part_of_the_older_recording(start: Any, tmp_path: Path) -> None:
+    others = [tmp_path / "r-2.h5", tmp_path / "rr-0002.h5", tmp_path / "r-2026.h5"]
+    for path in (tmp_path / "r.h5", *others):
+        path.touch()
+    for part in (7, 10001):
+        record(tmp_path / f"r-{part:04d}.h5", [raw(0)], part=part)
+    run = start(output=tmp_path / "r.h5", overwrite=True, frames=2, split_bytes=1)
+    run.send(range(2))
+    files = [Path(name) for name in run.join()["files"]]
+    assert sorted(tmp_path.glob("*.h5")) == sorted([*files, *others])
+    with Recording(files[0]) as first, Recording(files[1]) as second:
+        assert first.id == second.id != ""
 
 
 # -- looking back -------------------------------------------------------------------
@@ -505,6 +519,9 @@ def test_folder_that_takes_no_files_is_refused_at_once(
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:
     (tmp_path / "r-0002.h5").touch()
     with pytest.raises(OutputError, match=r"r-0002\.h5 exists already"):
+        Recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
+    (tmp_path / "r-0002.h5").rename(tmp_path / "r-10002.h5")
+    with pytest.raises(OutputError, match=r"r-10002\.h5 exists already"):
         Recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
     Recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5", overwrite=True))
 

@@ -254,15 +254,14 @@ def test_recording_that_cannot_be_read_says_why(tmp_path: Path, change: Any, com
 def test_recording_cut_short_is_refused_or_fails_at_the_frame_that_is_gone(tmp_path: Path) -> None:
     record(tmp_path / "r.h5", pairs(range(50)))
     whole = (tmp_path / "r.h5").read_bytes()
-    for share in (0.01, 0.2, 0.5, 0.9, 0.999):
+    for share in (0.01, 0.2, 0.5, 0.9):
         (tmp_path / "r.h5").write_bytes(whole[: int(share * len(whole))])
-        try:
-            with Recording(tmp_path / "r.h5") as recording:
-                for n in range(50):
-                    np.testing.assert_array_equal(recording.raw[n], picture(n))
-            assert share > 0.99  # nothing is in those bytes
-        except FileFormatError as error:
-            assert "is the file whole" in str(error)
+        with pytest.raises(FileFormatError, match=r"r\.h5.*is the file whole"):
+            Recording(tmp_path / "r.h5")
+    (tmp_path / "r.h5").write_bytes(whole[:-100])  # nothing is in those
+    with Recording(tmp_path / "r.h5") as recording:
+        for n in range(50):
+            np.testing.assert_array_equal(recording.raw[n], picture(n))
 
 
 def test_recording_whose_last_frame_found_no_room_is_read_up_to_it(tmp_path: Path) -> None:

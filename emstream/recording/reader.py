@@ -21,17 +21,22 @@ from emstream.recording.layout import COUNTERS, MARK, SUFFIXES, UNKNOWN, VERSION
 
 def is_recording(path: Path) -> bool:
     """Whether `path` is an HDF5 file that a recorder began; False also for what cannot be opened."""
+    return part_of(path) is not None
+
+
+def part_of(path: Path) -> int | None:
+    """Which part of a recording `path` is, the first being 1; None for what is none or cannot be opened."""
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
-        return False
-    with contextlib.suppress(OSError, RuntimeError, KeyError):
+        return None
+    with contextlib.suppress(OSError, RuntimeError, KeyError, TypeError, ValueError):
         file, padded = _open(path)
         try:
-            return MARK in file.attrs
+            return int(file.attrs.get("part", 1)) if MARK in file.attrs else None
         finally:
             file.close()
             if padded:
                 padded.close()
-    return False
+    return None
 
 
 class Recording:
@@ -69,6 +74,8 @@ class Recording:
                 f"{self.path} is a recording of version {int(version)}, and this emstream reads up to {VERSION}; "
                 "upgrade emstream"
             )
+        self.id = str(self._file.attrs.get("recording_id", ""))
+        """The same in all parts of a recording; empty in those that know none."""
         entry = self._file["entry"]
         self.raw = Track(self.path, entry["raw"])
         self.denoised = Track(self.path, entry["denoised"])
