@@ -56,6 +56,7 @@ _LAST_DENOISED_S = 5.0
 _START_S = 60.0
 _QUIET_MS = 500
 _END_S = 600.0
+_REPEAT_S = 10.0
 
 STOPPED, COUNTED, SERIES_ENDED, DISK_LOW = "stopped", "frames counted", "series ended", "disk low"
 FAILURES = (DISK_LOW, WRITE_ERROR)
@@ -533,7 +534,11 @@ class RecorderProcess:
 
     def __init__(self, settings: RecordSettings) -> None:
         """Raises OutputError where nothing can be written."""
-        settings.path()
+        disk.check_room(settings.path().parent, 0.0)
+        self._output = settings.output
+        self._answered, self._asked = threading.Event(), threading.Event()
+        self._report: dict[str, Any] | EmstreamError | None = None
+        self._watcher = threading.Thread(target=self._watch, name="recorder watcher", daemon=True)
         self._hello = b"recorder-" + secrets.token_hex(8).encode()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -552,6 +557,7 @@ class RecorderProcess:
         except EmstreamError:
             self._end()
             raise
+        self._watcher.start()
 
     def begin(self) -> None:
         """See `Recorder.begin`."""
@@ -560,29 +566,48 @@ class RecorderProcess:
 
     def finish(self) -> dict[str, Any]:
         """Let it write what was published until now; returns its report."""
+        self._asked.set()
         try:
             with contextlib.suppress(OSError):
                 self._pipe.send("finish")
-            report: dict[str, Any] = self._answer(_END_S)
+            if not self._answered.wait(_END_S):
+                raise OutputError(f"{self._output}: the recorder said nothing for {_END_S:.0f} s")
         finally:
             self._end()
-        return report
+        if isinstance(self._report, EmstreamError):
+            raise self._report
+        assert self._report is not None
+        return self._report
+
+    def _watch(self) -> None:
+        """Say that the recorder has ended, again and again, unless it was asked to."""
+        try:
+            self._report = self._answer(None)
+        except EmstreamError as error:
+            self._report = error
+        self._answered.set()
+        why = self._report if isinstance(self._report, EmstreamError) else self._report["ended"]
+        while not self._asked.is_set():
+            log.error("nothing is recorded to %s any more: %s", self._output, why)
+            self._asked.wait(_REPEAT_S)
 
     def _end(self) -> None:
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._pipe.close()
 
-    def _answer(self, within_s: float) -> Any:
+    def _answer(self, within_s: float | None) -> Any:
         try:
             if not self._pipe.poll(within_s):
                 raise OutputError(f"the recorder said nothing for {within_s:.0f} s")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             raise OutputError(
-                "the recorder ended without a report; what it had committed is readable"
+                f"{self._output}: the recorder ended without a report; what it had committed is readable"
             ) from None
         if isinstance(answer, EmstreamError):
             raise answer
@@ -608,5 +633,8 @@ def _recorder_main(settings: RecordSettings, hello: bytes, pipe: Connection) -> 
     except EmstreamError as error:
         report = error
         log.error("%s", error)
+    except Exception as error:
+        log.exception("the recorder failed")
+        report = OutputError(f"{settings.output}: the recorder failed: {type(error).__name__}: {error}")
     with contextlib.suppress(OSError):
         pipe.send(report)

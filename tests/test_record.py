@@ -487,6 +487,29 @@ def test_service_that_begins_again_is_no_loss() -> None:
     assert heard(again) == {"raw": 0, "denoised": 0}
 
 
+def test_recorder_that_dies_beside_a_service_is_reported_at_once_and_again(
+    rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_REPEAT_S", 0.01)
+    service = rig({"overrun": Overrun.block})
+    publisher = service.service.publisher
+    recorder = RecorderProcess(RecordSettings(input=publisher.endpoint, output=tmp_path / "r.h5"))
+    recorder.wait_until_it_listens(publisher)
+    service.start()
+    recorder._process.kill()
+    wait(lambda: caplog.text.count("r.h5 any more") > 1)
+    with pytest.raises(OutputError, match=r"r\.h5: the recorder ended without a report"):
+        recorder.finish()
+
+
+def test_service_refuses_a_recording_that_has_no_room_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES - 1)
+    with pytest.raises(OutputError, match="has 64 MiB free"):
+        RecorderProcess(RecordSettings(input="ipc:///nowhere", output=tmp_path / "r.h5"))
+
+
 # -- wrong use --------------------------------------------------------------------------
 
 
