@@ -153,6 +153,7 @@ class Recorder:
         self._unwritten = {"raw": 0, "denoised": 0}
         self._next_commit_s = 0.0
         self._warned_lost = 0
+        self._had_room = self._warned_room = False
         self._started_s = time.monotonic()
 
     def begin(self) -> None:
@@ -302,15 +303,21 @@ class Recorder:
 
     def _start_writing(self) -> None:
         """Once it is known how much comes, and that there is room for it."""
-        if self._writing or self._first_ns is None or not self._begun.is_set():
+        if self._writing or self._first_ns is None:
             return
         seconds = (now_ns() - self._first_ns) / 1e9
         if seconds < OBSERVE_S and self._backlog.nbytes < self.settings.buffer_bytes // 4:
             return
         self._bytes_per_s = self._arrived_bytes / max(seconds, 1e-3)
-        disk.check_room(self._folder, self._bytes_per_s)
+        if not self._had_room:
+            disk.check_room(self._folder, self._bytes_per_s)
+            self._had_room = True
+        if not self._begun.is_set():
+            return
         if self.settings.look_back_s:
             log.info("recording, from %.1f s ago on", self._backlog.span_s)
+            if self._warn_of_room():
+                self._ended = DISK_LOW  # and what is in memory is written as long as it fits
         self._writing = True
         self._backlog.begin()
 
@@ -322,7 +329,21 @@ class Recorder:
         if heard.is_paired or now_ns() - heard.last_raw_ns > _LAST_DENOISED_S * 1e9:
             self._ended = COUNTED
 
+    def _warn_of_room(self) -> bool:
+        """Whether there is less room than for a minute; said when it becomes so."""
+        try:
+            disk.check_room(self._folder, self._bytes_per_s)
+        except OutputError as error:
+            if not self._warned_room:
+                log.warning("%s", error)
+            self._warned_room = True
+        else:
+            self._warned_room = False
+        return self._warned_room
+
     def _warn(self) -> None:
+        if self._had_room and not self._begun.is_set():
+            self._warn_of_room()
         lost = sum(self._lost().values()) + sum(self._heard.unheard.values())
         if lost > self._warned_lost:
             log.warning(
@@ -378,8 +399,7 @@ class Recorder:
             if time.monotonic() >= self._next_commit_s:
                 if self._file is not None:
                     self._file.commit(self._counters())
-                    self._watch_the_disk()
-                    if self._ended == DISK_LOW:
+                    if self._is_disk_low():
                         self._backlog.give_up()
                 self._next_commit_s = time.monotonic() + COMMIT_S
         if self._file is not None:
@@ -439,11 +459,17 @@ class Recorder:
         self._gaps = self._file.gaps.continued()
         self._file = None
 
-    def _watch_the_disk(self) -> None:
-        if self._ended is None and disk.is_low(self._folder, self._bytes_per_s):
-            free = disk.text_of(disk.free_bytes(self._folder))
-            log.warning("the recording ends: %s has only %s left", self._folder, free)
-            self._ended = DISK_LOW
+    def _is_disk_low(self) -> bool:
+        """Whether nothing more may be written."""
+        if self._ended not in (None, DISK_LOW):
+            return False
+        coming = 0.0 if self._ended else self._bytes_per_s
+        if not disk.is_low(self._folder, coming):
+            return False
+        free = disk.text_of(disk.free_bytes(self._folder))
+        log.warning("the recording ends: %s has only %s left", self._folder, free)
+        self._ended = DISK_LOW
+        return True
 
     def _counters(self) -> dict[str, Any]:
         lost, unheard = self._lost(), self._heard.unheard

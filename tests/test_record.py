@@ -259,6 +259,35 @@ def test_look_back_holds_no_more_than_half_its_memory(start: Any, tmp_path: Path
         assert np.all(np.diff(recording.raw.numbers) == 1)
 
 
+def test_look_back_is_refused_at_its_start_without_disk_for_a_minute(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES + 100_000)
+    run = start(output=tmp_path / "r.h5", look_back_s=3600)
+    run.send(range(50))
+    with pytest.raises(OutputError, match="make room or record elsewhere"):
+        run.join()
+
+
+def test_look_back_is_written_as_long_as_it_fits_when_the_disk_has_filled_meanwhile(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = [10**12]
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: free[0])
+    run = start(output=tmp_path / "r.h5", look_back_s=3600)
+    run.send(range(20))
+    run.heard(20)
+    wait(lambda: run.recorder._had_room)
+    free[0] = disk.RESERVE_BYTES + 1000
+    wait(lambda: "make room or record elsewhere" in caplog.text)
+    run.recorder.begin()
+    report = run.join()
+    assert report["ended"] == "disk low"
+    with Recording(tmp_path / "r.h5") as recording:
+        assert recording.raw.numbers.tolist() == recording.denoised.numbers.tolist() == list(range(20))
+        assert recording.ended == "disk low"
+
+
 # -- the disk -----------------------------------------------------------------------
 
 
