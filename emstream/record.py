@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import re
 import secrets
 import signal
 import threading
@@ -41,6 +42,7 @@ from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
 from emstream.recording.layout import COUNTERS, WRITE_ERROR
+from emstream.recording.reader import part_of
 from emstream.recording.writer import RecordingFile, compression, reason
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ _LAST_DENOISED_S = 5.0
 _START_S = 60.0
 _QUIET_MS = 500
 _END_S = 600.0
+_REPEAT_S = 10.0
 
 STOPPED, COUNTED, SERIES_ENDED, DISK_LOW = "stopped", "frames counted", "series ended", "disk low"
 FAILURES = (DISK_LOW, WRITE_ERROR)
@@ -102,11 +105,16 @@ class RecordSettings:
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
         disk.check_writable(path.parent)
-        there = [path, *path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9]{path.suffix}")]
-        for each in there:
+        for each in _parts(path):
             if each.exists() and not self.overwrite:
                 raise OutputError(f"{each} exists already; choose another name or allow --overwrite")
         return path
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that a recording to `path` may consist of, and those that are there."""
+    pattern = re.compile(re.escape(path.stem) + r"-\d{4,}" + re.escape(path.suffix))
+    return [path, *sorted(each for each in path.parent.iterdir() if pattern.fullmatch(each.name))]
 
 
 class Recorder:
@@ -140,10 +148,12 @@ class Recorder:
         self._early_mark: Entry | None = None
         self._file: RecordingFile | None = None
         self._files: list[Path] = []
+        self._id = secrets.token_hex(8)
         self._recorded = {"raw": 0, "denoised": 0}
         self._unwritten = {"raw": 0, "denoised": 0}
         self._next_commit_s = 0.0
         self._warned_lost = 0
+        self._had_room = self._warned_room = False
         self._started_s = time.monotonic()
 
     def begin(self) -> None:
@@ -293,15 +303,21 @@ class Recorder:
 
     def _start_writing(self) -> None:
         """Once it is known how much comes, and that there is room for it."""
-        if self._writing or self._first_ns is None or not self._begun.is_set():
+        if self._writing or self._first_ns is None:
             return
         seconds = (now_ns() - self._first_ns) / 1e9
         if seconds < OBSERVE_S and self._backlog.nbytes < self.settings.buffer_bytes // 4:
             return
         self._bytes_per_s = self._arrived_bytes / max(seconds, 1e-3)
-        disk.check_room(self._folder, self._bytes_per_s)
+        if not self._had_room:
+            disk.check_room(self._folder, self._bytes_per_s)
+            self._had_room = True
+        if not self._begun.is_set():
+            return
         if self.settings.look_back_s:
             log.info("recording, from %.1f s ago on", self._backlog.span_s)
+            if self._warn_of_room():
+                self._ended = DISK_LOW  # and what is in memory is written as long as it fits
         self._writing = True
         self._backlog.begin()
 
@@ -313,7 +329,21 @@ class Recorder:
         if heard.is_paired or now_ns() - heard.last_raw_ns > _LAST_DENOISED_S * 1e9:
             self._ended = COUNTED
 
+    def _warn_of_room(self) -> bool:
+        """Whether there is less room than for a minute; said when it becomes so."""
+        try:
+            disk.check_room(self._folder, self._bytes_per_s)
+        except OutputError as error:
+            if not self._warned_room:
+                log.warning("%s", error)
+            self._warned_room = True
+        else:
+            self._warned_room = False
+        return self._warned_room
+
     def _warn(self) -> None:
+        if self._had_room and not self._begun.is_set():
+            self._warn_of_room()
         lost = sum(self._lost().values()) + sum(self._heard.unheard.values())
         if lost > self._warned_lost:
             log.warning(
@@ -369,8 +399,7 @@ class Recorder:
             if time.monotonic() >= self._next_commit_s:
                 if self._file is not None:
                     self._file.commit(self._counters())
-                    self._watch_the_disk()
-                    if self._ended == DISK_LOW:
+                    if self._is_disk_low():
                         self._backlog.give_up()
                 self._next_commit_s = time.monotonic() + COMMIT_S
         if self._file is not None:
@@ -408,7 +437,12 @@ class Recorder:
         path = self.path if part == 1 else self.path.with_stem(f"{self.path.stem}-{part:04d}")
         if self.settings.overwrite:
             path.unlink(missing_ok=True)
-        self._file = RecordingFile(path, entry, part=part, compress=self.settings.compress, gaps=self._gaps)
+            for older in _parts(path)[1:] if part == 1 else ():
+                if (part_of(older) or 0) > 1:  # and no other file that has such a name
+                    older.unlink(missing_ok=True)
+        self._file = RecordingFile(
+            path, entry, part=part, compress=self.settings.compress, gaps=self._gaps, recording_id=self._id
+        )
         self._files.append(path)
         self._next_commit_s = (
             0.0  # at once: readable from the first frame on, room for a thousand headers taken
@@ -425,11 +459,17 @@ class Recorder:
         self._gaps = self._file.gaps.continued()
         self._file = None
 
-    def _watch_the_disk(self) -> None:
-        if self._ended is None and disk.is_low(self._folder, self._bytes_per_s):
-            free = disk.text_of(disk.free_bytes(self._folder))
-            log.warning("the recording ends: %s has only %s left", self._folder, free)
-            self._ended = DISK_LOW
+    def _is_disk_low(self) -> bool:
+        """Whether nothing more may be written."""
+        if self._ended not in (None, DISK_LOW):
+            return False
+        coming = 0.0 if self._ended else self._bytes_per_s
+        if not disk.is_low(self._folder, coming):
+            return False
+        free = disk.text_of(disk.free_bytes(self._folder))
+        log.warning("the recording ends: %s has only %s left", self._folder, free)
+        self._ended = DISK_LOW
+        return True
 
     def _counters(self) -> dict[str, Any]:
         lost, unheard = self._lost(), self._heard.unheard
@@ -520,7 +560,11 @@ class RecorderProcess:
 
     def __init__(self, settings: RecordSettings) -> None:
         """Raises OutputError where nothing can be written."""
-        settings.path()
+        disk.check_room(settings.path().parent, 0.0)
+        self._output = settings.output
+        self._answered, self._asked = threading.Event(), threading.Event()
+        self._report: dict[str, Any] | EmstreamError | None = None
+        self._watcher = threading.Thread(target=self._watch, name="recorder watcher", daemon=True)
         self._hello = b"recorder-" + secrets.token_hex(8).encode()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -539,6 +583,7 @@ class RecorderProcess:
         except EmstreamError:
             self._end()
             raise
+        self._watcher.start()
 
     def begin(self) -> None:
         """See `Recorder.begin`."""
@@ -547,29 +592,48 @@ class RecorderProcess:
 
     def finish(self) -> dict[str, Any]:
         """Let it write what was published until now; returns its report."""
+        self._asked.set()
         try:
             with contextlib.suppress(OSError):
                 self._pipe.send("finish")
-            report: dict[str, Any] = self._answer(_END_S)
+            if not self._answered.wait(_END_S):
+                raise OutputError(f"{self._output}: the recorder said nothing for {_END_S:.0f} s")
         finally:
             self._end()
-        return report
+        if isinstance(self._report, EmstreamError):
+            raise self._report
+        assert self._report is not None
+        return self._report
+
+    def _watch(self) -> None:
+        """Say that the recorder has ended, again and again, unless it was asked to."""
+        try:
+            self._report = self._answer(None)
+        except EmstreamError as error:
+            self._report = error
+        self._answered.set()
+        why = self._report if isinstance(self._report, EmstreamError) else self._report["ended"]
+        while not self._asked.is_set():
+            log.error("nothing is recorded to %s any more: %s", self._output, why)
+            self._asked.wait(_REPEAT_S)
 
     def _end(self) -> None:
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._pipe.close()
 
-    def _answer(self, within_s: float) -> Any:
+    def _answer(self, within_s: float | None) -> Any:
         try:
             if not self._pipe.poll(within_s):
                 raise OutputError(f"the recorder said nothing for {within_s:.0f} s")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             raise OutputError(
-                "the recorder ended without a report; what it had committed is readable"
+                f"{self._output}: the recorder ended without a report; what it had committed is readable"
             ) from None
         if isinstance(answer, EmstreamError):
             raise answer
@@ -595,5 +659,8 @@ def _recorder_main(settings: RecordSettings, hello: bytes, pipe: Connection) -> 
     except EmstreamError as error:
         report = error
         log.error("%s", error)
+    except Exception as error:
+        log.exception("the recorder failed")
+        report = OutputError(f"{settings.output}: the recorder failed: {type(error).__name__}: {error}")
     with contextlib.suppress(OSError):
         pipe.send(report)

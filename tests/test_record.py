@@ -23,7 +23,7 @@ from emstream.record import Recorder, RecorderProcess, RecordSettings
 from emstream.recording import Recording, disk
 from emstream.recording.writer import RecordingFile
 from tests.conftest import Rig, exact, message
-from tests.recordings import denoised, raw
+from tests.recordings import denoised, raw, record
 
 pytest.importorskip("hdf5plugin")
 
@@ -208,6 +208,20 @@ def test_folder_gets_a_file_named_by_date_and_time(start: Any, tmp_path: Path) -
     assert Path(name).parent == tmp_path
 
 
+def test_overwriting_removes_every_part_of_the_older_recording(start: Any, tmp_path: Path) -> None:
+    others = [tmp_path / "r-2.h5", tmp_path / "rr-0002.h5", tmp_path / "r-2026.h5"]
+    for path in (tmp_path / "r.h5", *others):
+        path.touch()
+    for part in (7, 10001):
+        record(tmp_path / f"r-{part:04d}.h5", [raw(0)], part=part)
+    run = start(output=tmp_path / "r.h5", overwrite=True, frames=2, split_bytes=1)
+    run.send(range(2))
+    files = [Path(name) for name in run.join()["files"]]
+    assert sorted(tmp_path.glob("*.h5")) == sorted([*files, *others])
+    with Recording(files[0]) as first, Recording(files[1]) as second:
+        assert first.id == second.id != ""
+
+
 # -- looking back -------------------------------------------------------------------
 
 
@@ -243,6 +257,35 @@ def test_look_back_holds_no_more_than_half_its_memory(start: Any, tmp_path: Path
     with Recording(tmp_path / "r.h5") as recording:
         assert recording.raw.numbers[-1] == 99
         assert np.all(np.diff(recording.raw.numbers) == 1)
+
+
+def test_look_back_is_refused_at_its_start_without_disk_for_a_minute(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES + 100_000)
+    run = start(output=tmp_path / "r.h5", look_back_s=3600)
+    run.send(range(50))
+    with pytest.raises(OutputError, match="make room or record elsewhere"):
+        run.join()
+
+
+def test_look_back_is_written_as_long_as_it_fits_when_the_disk_has_filled_meanwhile(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = [10**12]
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: free[0])
+    run = start(output=tmp_path / "r.h5", look_back_s=3600)
+    run.send(range(20))
+    run.heard(20)
+    wait(lambda: run.recorder._had_room)
+    free[0] = disk.RESERVE_BYTES + 1000
+    wait(lambda: "make room or record elsewhere" in caplog.text)
+    run.recorder.begin()
+    report = run.join()
+    assert report["ended"] == "disk low"
+    with Recording(tmp_path / "r.h5") as recording:
+        assert recording.raw.numbers.tolist() == recording.denoised.numbers.tolist() == list(range(20))
+        assert recording.ended == "disk low"
 
 
 # -- the disk -----------------------------------------------------------------------
@@ -473,6 +516,29 @@ def test_service_that_begins_again_is_no_loss() -> None:
     assert heard(again) == {"raw": 0, "denoised": 0}
 
 
+def test_recorder_that_dies_beside_a_service_is_reported_at_once_and_again(
+    rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_REPEAT_S", 0.01)
+    service = rig({"overrun": Overrun.block})
+    publisher = service.service.publisher
+    recorder = RecorderProcess(RecordSettings(input=publisher.endpoint, output=tmp_path / "r.h5"))
+    recorder.wait_until_it_listens(publisher)
+    service.start()
+    recorder._process.kill()
+    wait(lambda: caplog.text.count("r.h5 any more") > 1)
+    with pytest.raises(OutputError, match=r"r\.h5: the recorder ended without a report"):
+        recorder.finish()
+
+
+def test_service_refuses_a_recording_that_has_no_room_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES - 1)
+    with pytest.raises(OutputError, match="has 64 MiB free"):
+        RecorderProcess(RecordSettings(input="ipc:///nowhere", output=tmp_path / "r.h5"))
+
+
 # -- wrong use --------------------------------------------------------------------------
 
 
@@ -505,6 +571,9 @@ def test_folder_that_takes_no_files_is_refused_at_once(
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:
     (tmp_path / "r-0002.h5").touch()
     with pytest.raises(OutputError, match=r"r-0002\.h5 exists already"):
+        Recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
+    (tmp_path / "r-0002.h5").rename(tmp_path / "r-10002.h5")
+    with pytest.raises(OutputError, match=r"r-10002\.h5 exists already"):
         Recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
     Recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5", overwrite=True))
 

@@ -2,7 +2,8 @@
 
 ::
 
-    /                        NXroot   emstream_recording = 1, default = entry, part = 1, 2, ...
+    /                        NXroot   emstream_recording = 1, default = entry, part = 1, 2, ...,
+                                    recording_id: that of all parts
       entry                  NXentry  default = raw
         raw                  NXdata   signal = frames, axes = [number, ., .]
           frames (N, H, W)   as the camera's pixels, one chunk a frame, bitshuffle and LZ4

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,22 @@ from emstream.recording.layout import COUNTERS, MARK, SUFFIXES, UNKNOWN, VERSION
 
 def is_recording(path: Path) -> bool:
     """Whether `path` is an HDF5 file that a recorder began; False also for what cannot be opened."""
+    return part_of(path) is not None
+
+
+def part_of(path: Path) -> int | None:
+    """Which part of a recording `path` is, the first being 1; None for what is none or cannot be opened."""
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
-        return False
-    with contextlib.suppress(OSError), _open(path) as file:
-        return MARK in file.attrs
-    return False
+        return None
+    with contextlib.suppress(OSError, RuntimeError, KeyError, TypeError, ValueError):
+        file, padded = _open(path)
+        try:
+            return int(file.attrs.get("part", 1)) if MARK in file.attrs else None
+        finally:
+            file.close()
+            if padded:
+                padded.close()
+    return None
 
 
 class Recording:
@@ -34,7 +48,7 @@ class Recording:
         with contextlib.suppress(ImportError):
             importlib.import_module("hdf5plugin")
         try:
-            self._file = _open(path)
+            self._file, self._padded = _open(path)
         except OSError as error:
             reason = str(error).splitlines()[0][:200]
             raise FileFormatError(
@@ -43,10 +57,10 @@ class Recording:
         try:
             self._read()
         except FileFormatError:
-            self._file.close()
+            self.close()
             raise
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            self._file.close()
+        except (KeyError, MalformedFrame, OSError, RuntimeError, TypeError, ValueError) as error:
+            self.close()
             raise FileFormatError(
                 f"{path} is a damaged recording ({type(error).__name__}); is the file whole? Copy it again"
             ) from None
@@ -60,9 +74,21 @@ class Recording:
                 f"{self.path} is a recording of version {int(version)}, and this emstream reads up to {VERSION}; "
                 "upgrade emstream"
             )
+        self.id = str(self._file.attrs.get("recording_id", ""))
+        """The same in all parts of a recording; empty in those that know none."""
         entry = self._file["entry"]
         self.raw = Track(self.path, entry["raw"])
         self.denoised = Track(self.path, entry["denoised"])
+        if self._padded:
+            self.raw.check_whole()
+            self.denoised.check_whole()
+            _check_whole(self.path, entry["denoised/raw_row"], len(self.denoised))
+            for column in (*entry["engine"].values(), *entry["gaps"].values()):
+                _check_whole(self.path, column, len(column))
+            marks = entry["marks"]
+            for name in ("before_row", "message_end"):
+                _check_whole(self.path, marks[name], len(marks[name]))
+            _check_whole(self.path, marks["message"], len(marks["message"]))
         if not len(self.raw):
             raise FileFormatError(f"{self.path} is a recording without frames")
         rows = entry["denoised/raw_row"][: len(self.denoised)]
@@ -94,6 +120,8 @@ class Recording:
 
     def close(self) -> None:
         self._file.close()
+        if self._padded:
+            self._padded.close()
 
     def __enter__(self) -> Recording:
         return self
@@ -131,6 +159,13 @@ class Track:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def check_whole(self) -> None:
+        """Raise FileFormatError unless all rows are in the file: HDF5 reads zeros behind its end."""
+        group = self._frames.parent
+        for name in ("header_end", "number", "timestamp_ns", "arrived_ns", "frames"):
+            _check_whole(self._path, group[name], len(self))
+        _check_whole(self._path, self._header, int(self._ends[-1]) if len(self) else 0)
+
     def __getitem__(self, i: int) -> np.ndarray:
         """The pixels (H, W) of row `i`. Raises FileFormatError when they cannot be read."""
         if not 0 <= i < len(self):
@@ -153,14 +188,62 @@ class Track:
             raise FileFormatError(f"{self._path}: the header of row {i} is damaged: {error}") from None
 
 
-def _open(path: Path) -> h5py.File:
-    """Open a recording in whatever state it is."""
+def _open(path: Path) -> tuple[h5py.File, _Padded | None]:
+    """Open a recording in whatever state it is; where bytes are missing at its end, what stands in for it.
+
+    They may be those of a frame that a full disk, a quota or a file system's largest file cut off.
+    """
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r"), None
     except OSError as error:
-        if "already open for write" not in str(error):
+        cut = re.search(r"truncated file.*stored_eof = (\d+)", str(error))
+        if not cut and "already open for write" not in str(error):
             raise
-    return h5py.File(path, "r", swmr=True)
+    if not cut:
+        return h5py.File(path, "r", swmr=True), None
+    padded = _Padded(path, int(cut[1]))
+    try:
+        return h5py.File(padded, "r"), padded
+    except Exception as error:
+        padded.close()
+        raise OSError(str(error)) from None
+
+
+class _Padded(io.RawIOBase):
+    """A file with zeros behind its end."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._nbytes = nbytes
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(self._nbytes + offset if whence == os.SEEK_END else offset, whence % 2)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        into, filled = memoryview(buffer).cast("B"), 0
+        while filled < len(into) and (got := self._file.readinto(into[filled:])):
+            filled += got
+        into[filled:] = bytes(len(into) - filled)
+        return len(into)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _check_whole(path: Path, dataset: h5py.Dataset, rows: int) -> None:
+    """Raise FileFormatError unless the first `rows` of a dataset lie before the file's end."""
+    size = path.stat().st_size
+
+    def check(chunk: Any) -> None:
+        share = min(rows - chunk.chunk_offset[0], dataset.chunks[0]) / dataset.chunks[0]
+        if share > 0 and chunk.byte_offset + share * chunk.size > size:
+            raise FileFormatError(f"{path} cannot be read: it is cut short; is the file whole? Copy it again")
+
+    dataset.id.chunk_iter(check)
 
 
 def _check_filters(path: Path, frames: h5py.Dataset) -> None:

@@ -55,8 +55,13 @@ class RecordingFile:
     What was added is on disk, whole and readable, after the next `commit`.
     """
 
-    def __init__(self, path: Path, first: Entry, *, part: int, compress: bool, gaps: GapMap) -> None:
-        """Create `path` for frames like `first`. Raises OutputError when that is impossible."""
+    def __init__(
+        self, path: Path, first: Entry, *, part: int, compress: bool, gaps: GapMap, recording_id: str = ""
+    ) -> None:
+        """Create `path` for frames like `first`. Raises OutputError when that is impossible.
+
+        `recording_id` is that of all parts of a recording.
+        """
         assert first.frame is not None
         self.path = path
         self.gaps = gaps
@@ -65,6 +70,7 @@ class RecordingFile:
         if path.exists():
             raise OutputError(f"{path} exists already; choose another name or allow --overwrite")
         self._closed = False
+        self._recording_id = recording_id
         try:
             self._file = h5py.File(path, "x", libver=("v110", "v110"), rdcc_nbytes=0)
             self._set_up(first, part, filters)
@@ -92,7 +98,8 @@ class RecordingFile:
         header, file = self._header, self._file
         begun = datetime.fromtimestamp(first.arrived_ns / 1e9, UTC).isoformat()
         file.attrs.update(
-            {"NX_class": "NXroot", "default": "entry", MARK: VERSION, "part": part, "file_time": begun,
+            {"NX_class": "NXroot", "default": "entry", MARK: VERSION, "part": part,
+             "recording_id": self._recording_id, "file_time": begun,
              "creator": "emstream", "creator_version": EMSTREAM_VERSION}
         )  # fmt: skip
         entry = _group(file, "entry", "NXentry", default="raw")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -240,8 +239,6 @@ def test_file_size_limit_ends_the_recording_and_not_the_service(service: str, tm
     assert "error: the recording ended early: write error; what came before is whole" in done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    # The hole in place of the frame that failed was over the limit, too.
-    os.truncate(tmp_path / "r.h5", 1 << 26)
     with Recording(tmp_path / "r.h5") as recording:
         assert len(recording.raw) > 10
         assert np.all(np.diff(recording.raw.numbers) > 0)
