@@ -12,12 +12,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import cbor2
 import numpy as np
 import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+for package in ("dectris.compression", "bitshuffle", "cbor2", "lz4"):
+    pytest.importorskip(package, reason=f"{package} is missing: pip install 'emstream[cameras]'")
+
+import cbor2
 
 from emstream import wire
 from emstream.errors import MalformedFrame, SourceError

@@ -23,7 +23,6 @@ from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.sources import open_source
-from tests import dectris
 from tests.conftest import message
 from tests.recordings import raw, record
 
@@ -107,11 +106,21 @@ def array_1_0(cameras: Cameras, frames: int) -> str:
 
 
 def dectris_v2(cameras: Cameras, frames: int) -> str:
+    dectris = messages_of_dectris()
     images = [[dectris.image(n, picture(n))] for n in range(frames)]
     return cameras.push([[dectris.start()], *images, [dectris.end()]], "dectris+ipc")
 
 
+def messages_of_dectris() -> Any:
+    for package in ("dectris.compression", "bitshuffle", "cbor2", "lz4"):
+        pytest.importorskip(package, reason=f"{package} is missing: pip install 'emstream[cameras]'")
+    from tests import dectris
+
+    return dectris
+
+
 def dectris_v1(cameras: Cameras, frames: int) -> str:
+    dectris = messages_of_dectris()
     images = [dectris.image1(n, picture(n)) for n in range(frames)]
     return cameras.push([dectris.header1(), *images, dectris.end1()], "dectris1+ipc")
 

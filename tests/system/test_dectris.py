@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import zmq
 
+pytest.importorskip(
+    "dectris.compression", reason="dectris.compression is missing: pip install 'emstream[cameras]'"
+)
+pytest.importorskip("cbor2", reason="cbor2 is missing: pip install 'emstream[cameras]'")
+
 from emstream import wire
 from tests.conftest import exact
 from tests.system.test_commands import emstream, line_with, start
