@@ -1,6 +1,6 @@
 """The PyTorch engine: what it does on a GPU, done on the CPU as far as a CPU can; the rest where there is a GPU."""
 
-# ruff: noqa: E402  importorskip comes first
+
 
 from __future__ import annotations
 
