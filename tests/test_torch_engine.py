@@ -1,7 +1,5 @@
 """The PyTorch engine: what it does on a GPU, done on the CPU as far as a CPU can; the rest where there is a GPU."""
 
-
-
 from __future__ import annotations
 
 import contextlib
