@@ -226,19 +226,10 @@ def _camera(pipe: Connection, size: int, kind: str, warmup: int, frames: int, ra
     camera = rig.Camera(size, kind)
     pipe.send((camera.endpoint, camera.receipts_endpoint))
     camera.greet()
-    for number in range(warmup):
-        camera.send(number, receipt=True)
-        if not camera.wait_arrived(number):
-            raise RuntimeError(f"warm-up frame {number} never arrived")
+    camera.warm_up(warmup)
     pipe.send("warm")
-    late_ms = []
     start_ns = time.monotonic_ns() + 100_000_000
-    for number in range(frames):
-        due_ns = start_ns + round(number / rate * 1e9)
-        while (wait_ns := due_ns - time.monotonic_ns()) > 0:
-            time.sleep(wait_ns / 1e9)
-        late_ms.append(-wait_ns / 1e6)
-        camera.send(warmup + number, scheduled_ns=due_ns)
+    late_ms = camera.play(warmup, frames, rate, start_ns)
     camera.end()
     camera.close()
     pipe.send(report.percentiles(late_ms))

@@ -256,6 +256,27 @@ class Camera:
             self._arrived = max(self._arrived, _COUNT.unpack(self._receipts.recv())[0])
         return True
 
+    def warm_up(self, frames: int) -> None:
+        """Send the first `frames`, each when the one before has arrived."""
+        for number in range(frames):
+            self.send(number, receipt=True)
+            if not self.wait_arrived(number):
+                raise RuntimeError(f"warm-up frame {number} never arrived")
+
+    def play(self, first: int, frames: int, rate: float, start_ns: int) -> list[float]:
+        """Send `frames` from number `first` on, `rate` [frames/s] from `start_ns` [monotonic clock] on.
+
+        Returns how late each was sent [ms].
+        """
+        late_ms = []
+        for number in range(frames):
+            due_ns = start_ns + round(number / rate * 1e9)
+            while (wait_ns := due_ns - time.monotonic_ns()) > 0:
+                time.sleep(wait_ns / 1e9)
+            late_ms.append(-wait_ns / 1e6)
+            self.send(first + number, scheduled_ns=due_ns)
+        return late_ms
+
     def end(self) -> None:
         self._mark(wire.END)
 

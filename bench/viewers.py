@@ -230,19 +230,10 @@ def _camera(pipe: Connection, size: int, frames: int, rate: float) -> None:
     camera = rig.Camera(size, "uint8")
     pipe.send((camera.endpoint, camera.receipts_endpoint))
     camera.greet()
-    for number in range(_WARMUP):
-        camera.send(number, receipt=True)
-        if not camera.wait_arrived(number):
-            raise RuntimeError(f"warm-up frame {number} never arrived")
-    late_ms = []
+    camera.warm_up(_WARMUP)
     start_ns = time.monotonic_ns() + 500_000_000
     pipe.send(start_ns)
-    for number in range(frames):
-        due_ns = start_ns + round(number / rate * 1e9)
-        while (wait_ns := due_ns - time.monotonic_ns()) > 0:
-            time.sleep(wait_ns / 1e9)
-        late_ms.append(-wait_ns / 1e6)
-        camera.send(_WARMUP + number, scheduled_ns=due_ns)
+    late_ms = camera.play(_WARMUP, frames, rate, start_ns)
     camera.end()
     camera.close()
     pipe.send(report.percentiles(late_ms))
