@@ -189,6 +189,8 @@ def main() -> None:
     network.eval()
     count = parameters(network)
     hardware = arguments.hardware or state.get("hardware", "")
+    training = state.get("training", {})
+    began = training.get("began_from")
     fold_norms(network)
     card = EngineCard(
         name=arguments.output.stem,
@@ -206,8 +208,9 @@ def main() -> None:
             f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"
             f"{' on ' + hardware if hardware else ''}; AdamW, peak rate "
             f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}, loss {recipe.loss}"
+            + (f"; began from weights of {began['steps']} steps in {began['spent_s'] / 3600:.2f} h" if began else "")
         ),
-        commit=state.get("training", {}).get("commit") or report.stamp("export", ())["commit"] or "unknown",
+        commit=training.get("commit") or report.stamp("export", ())["commit"] or "unknown",
     )
     write_onnx(network, arguments.output, card)
     engine = load_engine(arguments.output)

@@ -37,7 +37,7 @@ from train.losses import LOSSES
 from train.metrics import psnr_db
 from train.models import BiasFreeBatchNorm, Network
 from train.noise import PAPER_DOSE, draw_doses, expose
-from train.recipe import Recipe, RecipeError, load_state, load_teacher, save
+from train.recipe import Recipe, RecipeError, load_start, load_state, load_teacher, save
 from train.shards import EARLIER_SETTINGS
 
 CHECKPOINT_S = 45.0
@@ -226,6 +226,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
     images = training_images(recipe, device)
     pairs = held_out(recipe, CPU_VALIDATION_VIEWS if device.type == "cpu" else None) if first else []
     made = provenance(images)
+    if recipe.start_from:
+        made["began_from"] = load_start(recipe, network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     step, spent_s, best = state.get("step", 0), state.get("spent_s", 0.0), state.get("best", -math.inf)
@@ -233,7 +235,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state.get("scaler", {}))
-    elif network.bias_free:
+    elif network.bias_free and not recipe.start_from:
         calibrate_norms(network, images, recipe, precision)
     ema = copy.deepcopy(network).eval()
     if step:

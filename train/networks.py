@@ -45,7 +45,8 @@ class Trained:
     card_psnr_db: float | None = None
     """On the test images of an engine's card."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Commit and date, number of images, first and last seed and materials of the specimens; empty if not known."""
+    """Commit and date, number of images, first and last seed and materials of the specimens, and the same of the
+    weights it began from; empty if not known."""
 
     @property
     def rank_db(self) -> float:
@@ -55,15 +56,18 @@ class Trained:
 
     def refuse_seen(self, parameters: Iterable[Mapping[str, Any]]) -> None:
         """Raise ValueError if a test image with one of the `parameters` shows a specimen it was trained on."""
-        first, last = self.training.get("seeds", (0, -1))
-        materials = self.training.get("materials", ())
-        for one in parameters:
-            material = one.get("material", EARLIER_SETTINGS["material"])
-            if material in materials and first <= one["seed"] <= last:
-                raise ValueError(
-                    f"{self.path} was trained on specimens {first}-{last} of {material}, and the test images show "
-                    f"specimen {one['seed']}: test on others, made by train.simulate with another --first-seed"
-                )
+        parameters, training = list(parameters), self.training
+        while training:
+            first, last = training.get("seeds", (0, -1))
+            materials = training.get("materials", ())
+            for one in parameters:
+                material = one.get("material", EARLIER_SETTINGS["material"])
+                if material in materials and first <= one["seed"] <= last:
+                    raise ValueError(
+                        f"{self.path} was trained on specimens {first}-{last} of {material}, and the test images show "
+                        f"specimen {one['seed']}: test on others, made by train.simulate with another --first-seed"
+                    )
+            training = training.get("began_from")
 
     def __call__(self, counts: Tensor) -> Tensor:
         """Run on counts of any H and W."""

@@ -61,6 +61,8 @@ class Recipe:
     """Peak of the cosine."""
     loss: str = "mse"
     """See train/losses.py."""
+    start_from: str | None = None
+    """A best.pt of the same network, to go on from its weights: for another material, or better images."""
     distill_from: str | None = None
     """A best.pt whose network's estimates are targets beside the truth ..."""
     distill_weight: float = 0.5
@@ -182,6 +184,19 @@ def load_state(out: Path, recipe: Recipe, network: Network) -> dict[str, Any]:
                 raise RecipeError(f"{out / name} is of another recipe: {changes}; choose another OUTDIR")
     best = {"best": states["best.pt"]["validation_psnr_db"]} if "best.pt" in states else {}
     return states.get("checkpoint.pt", {}) | best
+
+
+def load_start(recipe: Recipe, network: Network) -> dict[str, Any]:
+    """Give `network` the weights of the recipe's ``start_from``; returns how those came to be."""
+    path = Path(recipe.start_from or "")
+    theirs, saved, state = load(path)
+    if (theirs.task, repr(saved)) != (recipe.task, repr(network)):
+        raise RecipeError(
+            f"start_from = {path}, which holds another network than the recipe asks for ({theirs.task}: "
+            f"{saved.description}, {'bias-free' if saved.bias_free else 'biased'})"
+        )
+    network.load_state_dict(saved.state_dict())
+    return {"steps": state["step"], "spent_s": state["spent_s"], **state.get("training", {})}
 
 
 def load_teacher(recipe: Recipe) -> Network:

@@ -12,6 +12,7 @@ and all that follows from it; networks that were trained otherwise move to OUT/e
     --minutes M   for each network of the tables, instead
     --steps N     for each network of the generalisation matrices, instead: they train equally long
     --specimens N to train on, instead
+    --crop-px P, --batch B    for every network, instead
 """
 
 from __future__ import annotations
@@ -251,14 +252,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="to train each network of the tables")
     parser.add_argument("--steps", type=int, help="to train each network of the matrices")
     parser.add_argument("--specimens", type=int, help="to train on")
+    parser.add_argument("--crop-px", type=int, help="that every network trains on")
+    parser.add_argument("--batch", type=int, help="of such crops")
     parser.add_argument("--out", type=Path, help="default: runs/small or runs/full")
     arguments = parser.parse_args()
     scale: Scale = arguments.scale
     out: Path = arguments.out or Path("runs", "small" if scale is SMALL else "full")
-    for option, key in (("minutes", "minutes_each"), ("steps", "steps_matrix"), ("specimens", "specimens")):
-        value = getattr(arguments, option)
+    keys = {"minutes": "minutes_each", "steps": "steps_matrix"}
+    for option in ("minutes", "steps", "specimens", "crop_px", "batch"):
+        key, value = keys.get(option, option), getattr(arguments, option)
         if value is not None and not value > 0:
-            parser.error(f"--{option} must be positive, got {value}")
+            parser.error(f"--{option.replace('_', '-')} must be positive, got {value}")
         if value is not None:
             scale = replace(scale, **{key: value})
     writable_folder(out)

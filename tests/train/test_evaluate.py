@@ -543,6 +543,16 @@ def test_networks_are_not_tested_on_specimens_that_they_were_trained_on(
     networks.load(path).refuse_seen([{"seed": 98, "material": "au_srtio3"}, {"seed": 100}])
 
 
+def test_specimens_of_the_weights_it_began_from_count_as_seen(tmp_path: Path) -> None:
+    began = {"seeds": [0, 9], "materials": ["pt_ceo2"]}
+    training = {"seeds": [10, 19], "materials": ["pt_ceo2"], "began_from": began}
+    network = networks.load(best(tmp_path / "run", training=training))
+    network.refuse_seen([{"seed": 20}])
+    for seed in (3, 13):
+        with pytest.raises(ValueError, match=f"shows? specimen {seed}"):
+            network.refuse_seen(iter([{"seed": 20}, {"seed": seed}]))
+
+
 @pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize(("load", "warned"), [(0.5, False), (900.0, True)])
 def test_times_on_a_busy_machine_come_with_a_warning(

@@ -78,7 +78,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_row_of_the_tables(path: Path) -> None:
-    row, _, machine = path.stem.rpartition("-")
+    row, _, machine = path.stem.replace("-further", "").rpartition("-")
     recipe = Recipe.read(path)
     assert parameters(recipe.outline()) == ROWS[row]
     assert machine in ("cpu", "gpu")
@@ -473,6 +473,27 @@ def test_losses_pull_negative_estimates_up(name: str) -> None:
 def test_every_loss_trains(tmp_path: Path, name: str) -> None:
     fit.fit(tiny(loss=name), tmp_path)
     assert float(rows(tmp_path)[0]["loss"]) > 0
+
+
+def test_starts_from_the_weights_of_another_run(tmp_path: Path) -> None:
+    first = fit.fit(tiny(steps=3), tmp_path / "first")
+    on = tiny(steps=1, learning_rate=1e-30, start_from=str(tmp_path / "first/best.pt"))
+    second = fit.fit(on, tmp_path / "second")
+    ema = load(tmp_path / "first/best.pt")[1]
+    assert same(second, ema)
+    assert not same(second, first)
+    began = load(tmp_path / "second/best.pt")[2]["training"]["began_from"]
+    assert began["steps"] == 3
+    fit.fit(replace(on, steps=2), tmp_path / "second")  # resumes
+    assert same(load(tmp_path / "second/best.pt")[1], ema)
+
+
+def test_start_from_another_network_is_refused(tmp_path: Path) -> None:
+    fit.fit(tiny(base=8, steps=1), tmp_path / "first")
+    with pytest.raises(RecipeError, match=r"start_from = .*best.pt, which holds another network .*8 base"):
+        fit.fit(tiny(start_from=str(tmp_path / "first/best.pt")), tmp_path / "second")
+    with pytest.raises(RecipeError, match="No such file"):
+        fit.fit(tiny(start_from=str(tmp_path / "none.pt")), tmp_path / "second")
 
 
 def test_student_follows_its_teacher(tmp_path: Path) -> None:
