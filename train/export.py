@@ -208,7 +208,11 @@ def main() -> None:
             f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"
             f"{' on ' + hardware if hardware else ''}; AdamW, peak rate "
             f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}, loss {recipe.loss}"
-            + (f"; began from weights of {began['steps']} steps in {began['spent_s'] / 3600:.2f} h" if began else "")
+            + (
+                f"; began from weights of {began['steps']} steps in {began['spent_s'] / 3600:.2f} h"
+                if began
+                else ""
+            )
         ),
         commit=training.get("commit") or report.stamp("export", ())["commit"] or "unknown",
     )
