@@ -31,8 +31,8 @@ from scipy.ndimage import gaussian_filter
 
 from bench import report
 from emstream import load_engine
-from emstream.demo import psnr_db
 from emstream.inference import Engine
+from emstream.quality import psnr_db
 from emstream.sources.specimen import MovingSpecimen
 
 DOSE = 0.45

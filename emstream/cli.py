@@ -38,7 +38,7 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from None
         except ValueError as error:
             typer.echo(printable_lines(f"error: {error}"), err=True)
-            typer.echo(f"Try 'emstream {ctx.invoked_subcommand} --help'.", err=True)
+            typer.echo(f"Try '{ctx.command_path} {ctx.invoked_subcommand} --help'.", err=True)
             raise typer.Exit(2) from None
 
 
@@ -168,6 +168,15 @@ def serve(
             help="Frame size and type to be ready for. [default: the engine's own, or 512x512:uint8]"
         ),
     ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Model file that takes over, on the CPU, if the engine keeps failing."
+        ),
+    ] = None,
+    control: Annotated[
+        str, typer.Option(help="Endpoint that takes orders such as emstream engine swap; none for none.")
+    ] = "tcp://127.0.0.1:*",
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
@@ -214,6 +223,7 @@ def serve(
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
         offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
         max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
+        fallback=fallback, control=None if control == "none" else control,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):
@@ -222,8 +232,10 @@ def serve(
     with ExitStack() as stack:
 
         def ready(service: Service) -> None:
-            log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
-            log.info("engine %s on %s", service.engine.name, service.engine.device)
+            log.info(
+                "%s -> %s -> %s", settings.input, service.engine.current.name, service.publisher.endpoint
+            )
+            log.info("engine %s on %s", service.engine.current.name, service.engine.current.device)
             if view:
                 from emstream.view import ViewProcess
 
@@ -250,6 +262,46 @@ def serve(
         report["recording"] = recordings[0]
     _print_report(report, as_json)
     _check_recording(*recordings)
+
+
+engine_app = typer.Typer(cls=_Group, no_args_is_help=True, help="The engine of a running service.")
+app.add_typer(engine_app, name="engine")
+ServiceAddress = Annotated[
+    str,
+    typer.Option(metavar="URL", help="What the service publishes on; it says there where it takes orders."),
+]
+
+
+@engine_app.command()
+def swap(
+    engine: Annotated[str, typer.Argument(metavar="NEW", help="Model file, where the service runs.")],
+    service: ServiceAddress = "tcp://127.0.0.1:5556",
+    timeout_s: Annotated[float, typer.Option(help="Longest to wait for the answer.")] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Another engine: loaded and tested beside the running one, then it takes the next batch. No frame is lost.
+
+    Example: **emstream engine swap engines/unet32.onnx**
+    """
+    from emstream.control import ask, control_of
+
+    path = str(Path(engine).absolute()) if Path(engine).exists() else engine
+    _print_report(ask(control_of(service), {"do": "swap", "engine": path}, timeout_s), as_json)
+
+
+@engine_app.command()
+def back(
+    service: ServiceAddress = "tcp://127.0.0.1:5556",
+    timeout_s: Annotated[float, typer.Option(help="Longest to wait for the answer.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """The engine of before the last swap, which stayed ready.
+
+    Example: **emstream engine back**
+    """
+    from emstream.control import ask, control_of
+
+    _print_report(ask(control_of(service), {"do": "swap-back"}, timeout_s), as_json)
 
 
 @app.command()

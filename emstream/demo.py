@@ -22,6 +22,7 @@ import numpy as np
 from emstream.camera import CameraSettings, run_camera
 from emstream.client import subscribe
 from emstream.errors import SourceError
+from emstream.quality import psnr_db
 from emstream.serve import Service, Settings, serve
 from emstream.sources.specimen import MovingSpecimen
 
@@ -43,12 +44,6 @@ class DemoSettings:
     output: str = "tcp://127.0.0.1:*"
     view: tuple[str, int] | None = ("127.0.0.1", 8080)
     """Where the live page listens; None shows no page."""
-
-
-def psnr_db(estimate: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio [dB], peak 1 electron, both clipped to 0-1 electrons."""
-    error = np.clip(estimate, 0, 1) - np.clip(truth, 0, 1)
-    return float(-10 * np.log10(np.mean(np.square(error, dtype=np.float64))))
 
 
 class Score:

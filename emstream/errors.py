@@ -9,7 +9,8 @@
     │   ├── EngineNotFound     no such file
     │   ├── EngineInvalid      not a model, or not one of ours
     │   ├── EngineUnavailable  right file, but this machine or installation cannot run it
-    │   └── CudaError          no GPU, or a call to it that failed
+    │   ├── CudaError          no GPU, or a call to it that failed
+    │   └── BatchRefused       frames that the engine was not made for; it takes others
     ├── FileFormatError      a movie or recording that cannot be read or written
     └── MalformedFrame       one message; the service counts it as rejected and goes on
 
@@ -48,6 +49,10 @@ class EngineUnavailable(EngineError):
 
 
 class CudaError(EngineError):
+    pass
+
+
+class BatchRefused(EngineError):
     pass
 
 

@@ -16,29 +16,21 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from emstream.errors import CudaError, EmstreamError
 from emstream.frame import now_ns
-from emstream.inference.engine import Engine
+from emstream.inference.supervised import SupervisedEngine, Ticket
 from emstream.intake import Intake, Source
 from emstream.ledger import Ledger
 from emstream.publish import Publisher
 from emstream.ring import Ring, SeriesMark, Slot
+from emstream.seldom import Seldom
 
 log = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
-_SAY_AGAIN_S = 10.0
-_MAX_KINDS = 100
 _GPU_IS_LOST = 20  # batches in a row that CUDA refused: what such an error spoils only a new process mends
-
-
-@dataclass
-class _Failures:
-    frames: int = 0
-    quiet_until_ns: int = 0
 
 
 class Pipeline:
@@ -55,7 +47,7 @@ class Pipeline:
         source: Source,
         intake: Intake,
         ring: Ring,
-        engine: Engine,
+        engine: SupervisedEngine,
         publisher: Publisher,
         ledger: Ledger,
         frames: int | None = None,
@@ -70,13 +62,13 @@ class Pipeline:
         self._frames = frames
         self._drain_s = drain_s
         self._drain_until_ns: int | None = None
-        self._submitted: SimpleQueue[tuple[Any, Slot | SeriesMark] | None] = SimpleQueue()
+        self._submitted: SimpleQueue[tuple[Ticket, Slot] | SeriesMark | None] = SimpleQueue()
         self._in_engine = 0
         self._room = threading.Condition()
         self._stopping = threading.Event()
         self._aborting = threading.Event()
         self._fault: BaseException | None = None
-        self._failures: dict[str, _Failures] = {}
+        self._failures = Seldom()
         self._refused = 0  # batches in a row, by CUDA
         self._first_published_ns = self._last_published_ns = 0
 
@@ -133,7 +125,7 @@ class Pipeline:
             self._ring.close()
 
     def _submit(self) -> None:
-        depth = self._engine.depth
+        depth = self._engine.current.depth
         try:
             while True:
                 # A batch goes on filling until the engine has room for it.
@@ -142,18 +134,17 @@ class Pipeline:
                 if item is None:
                     return
                 if isinstance(item, SeriesMark):
-                    self._submitted.put((None, item))
+                    self._submitted.put(item)
                     continue
-                depth = self._engine.depth_for(item.shape)
+                depth = self._engine.current.depth_for(item.shape)
                 self._wait_for_room(depth)
                 if self._aborting.is_set():
                     self._settle(item, self._ledger.drop)
                     continue
-                ticket = self._attempt(item, self._engine.submit, item.counts, item.expected)
-                if ticket is not None:
-                    with self._room:
-                        self._in_engine += 1
-                    self._submitted.put((ticket, item))
+                ticket = self._engine.submit(item.counts, item.expected)
+                with self._room:
+                    self._in_engine += 1
+                self._submitted.put((ticket, item))
         finally:
             self._submitted.put(None)
 
@@ -169,24 +160,29 @@ class Pipeline:
                 if submitted is None:
                     self._publisher.stats(self.report())
                     return
-                ticket, item = submitted
-                if isinstance(item, SeriesMark):
-                    self._publisher.mark(item)
-                elif self._collect(ticket, item):
-                    self._publish_slot(item)
+                if isinstance(submitted, SeriesMark):
+                    self._publisher.mark(submitted)
+                elif self._collect(*submitted):
+                    self._publish_slot(submitted[1])
             if now_ns() >= next_stats_ns:
                 next_stats_ns = now_ns() + int(STATS_EVERY_S * 1e9)
                 self._publisher.stats(self.report())
 
-    def _collect(self, ticket: Any, slot: Slot) -> bool:
-        """Wait for a batch; False when the engine failed on it."""
-        result = self._attempt(slot, self._engine.collect, ticket)
-        with self._room:
-            self._in_engine -= 1
-            self._room.notify()
-        if result is None:
+    def _collect(self, ticket: Ticket, slot: Slot) -> bool:
+        """Wait for a batch; False when the engine failed on it, which costs the batch."""
+        try:
+            slot.result = self._engine.collect(ticket)
+        except Exception as error:
+            self._say_failed(slot, error)
+            self._settle(slot, self._ledger.fail)
+            self._note_refusal(error)
             return False
-        slot.result, slot.inferred_ns = result, now_ns()
+        finally:
+            with self._room:
+                self._in_engine -= 1
+                self._room.notify()
+        self._refused = 0
+        slot.maker, slot.inferred_ns = self._engine.maker_of(ticket), now_ns()
         return True
 
     def _publish_slot(self, slot: Slot) -> None:
@@ -202,35 +198,21 @@ class Pipeline:
 
     # -- faults -----------------------------------------------------------------
 
-    def _attempt(self, slot: Slot, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Let the engine work on a batch; None when that raised, which costs the batch."""
-        try:
-            done = work(*arguments)
-        except Exception as error:
-            self._say_failed(slot, error)
-            self._settle(slot, self._ledger.fail)
-            self._refused = self._refused + 1 if isinstance(error, CudaError) else 0
-            if self._refused >= _GPU_IS_LOST and self._fault is None:
-                self._fault = CudaError(f"the GPU is lost, {self._refused} batches failed in a row: {error}")
-                self._abort()
-            return None
-        if work == self._engine.collect:
-            self._refused = 0
-        return done
+    def _note_refusal(self, error: Exception) -> None:
+        self._refused = self._refused + 1 if isinstance(error, CudaError) else 0
+        if self._refused >= _GPU_IS_LOST and self._fault is None:
+            self._fault = CudaError(f"the GPU is lost, {self._refused} batches failed in a row: {error}")
+            self._abort()
 
     def _say_failed(self, slot: Slot, error: Exception) -> None:
         """A new kind of failure whole, one that goes on as a line now and then."""
-        kind = self._failures.setdefault(f"{type(error).__name__}: {error}"[:200], _Failures())
-        if len(self._failures) > _MAX_KINDS:
-            del self._failures[next(iter(self._failures))]
-        kind.frames += len(slot)
-        if now_ns() < kind.quiet_until_ns:
+        said = self._failures.note(f"{type(error).__name__}: {error}", len(slot))
+        if said is None:
             return
-        first = kind.quiet_until_ns == 0
-        kind.quiet_until_ns = now_ns() + int(_SAY_AGAIN_S * 1e9)
+        frames, first = said
         log.error(
             "engine failed on %d frames up to frame %d: %s",
-            kind.frames,
+            frames,
             slot.headers[-1].frame,
             error,
             exc_info=error if first and not isinstance(error, EmstreamError) else None,

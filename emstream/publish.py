@@ -33,24 +33,18 @@ class Publisher:
         self,
         endpoint: str,
         ledger: Ledger,
-        engine: Mapping[str, Any],
-        dose_range: tuple[float, float] | None = None,
         queue: int = DEFAULT_QUEUE,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
-        """Bind `endpoint`.
-
-        `engine` {name, sha256, device} goes into every denoised header. A subscriber may lag
-        by `queue` messages before it loses some.
-        """
+        """Bind `endpoint`. A subscriber may lag by `queue` messages before it loses some."""
         if queue < 1:
             raise ValueError(f"a subscriber's queue must hold at least 1 message, got {queue}")
         self._ledger = ledger
-        self._engine = dict(engine)
-        self._dose_range = dose_range
         self._open_series: tuple[str, int | str] | None = None
         self._subscribed: set[bytes] = set()
         self._newest: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        """What every message on the stats topic says, too."""
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._socket.linger = 2000
@@ -60,6 +54,8 @@ class Publisher:
         """Send the first `limit` frames of a finished batch; returns how many were sent."""
         wants_raw = self._wants(RAW)
         rows = range(len(slot) if limit is None else min(limit, len(slot)))
+        assert slot.maker is not None, "the batch was not denoised"
+        dose_range = slot.maker.dose_range
         for row in rows:
             header = slot.headers[row]
             self._open(header)
@@ -70,9 +66,9 @@ class Publisher:
             # A camera has no say in these.
             message.pop("dose", None)
             message.pop("in_domain", None)
-            if self._dose_range:
-                message["dose"], message["in_domain"] = self._domain(slot.counts[row])
-            message["engine"] = self._engine
+            if dose_range:
+                message["dose"], message["in_domain"] = _domain(slot.counts[row], dose_range)
+            message["engine"] = slot.maker.identity
             published_ns = now_ns()
             self._note_latency(slot, row, header, published_ns)
             self._ledger.publish()
@@ -100,7 +96,7 @@ class Publisher:
 
     def stats(self, message: Mapping[str, Any]) -> None:
         """Send one message on the stats topic, with what there is to say about the newest frame."""
-        about = {"htype": wire.STATS, "sent_ns": now_ns(), "newest": self._newest}
+        about = {"htype": wire.STATS, "sent_ns": now_ns(), "newest": self._newest, **self.about}
         self._socket.send_multipart([STATS, wire.pack({**about, **message})])
 
     def wait_for(self, topic: bytes, timeout_s: float) -> bool:
@@ -116,13 +112,6 @@ class Publisher:
         """End the open series and give subscribers `linger_s` to take what is queued."""
         self._close()
         self._socket.close(linger=int(1000 * linger_s))
-
-    def _domain(self, counts: np.ndarray) -> tuple[float, bool]:
-        """The frame's dose [electrons/pixel] and whether the engine was trained for it."""
-        assert self._dose_range is not None
-        dose = float(np.mean(counts[::_DOSE_ROW_STEP]))
-        low, high = self._dose_range
-        return round(dose, 4), low <= dose <= high
 
     def _note_latency(self, slot: Slot, row: int, header: FrameHeader, published_ns: int) -> None:
         latency = self._ledger.latency
@@ -172,3 +161,10 @@ class Publisher:
                 self._subscribed.add(message[1:])
             elif message[:1] == b"\0":
                 self._subscribed.discard(message[1:])
+
+
+def _domain(counts: np.ndarray, dose_range: tuple[float, float]) -> tuple[float, bool]:
+    """The frame's dose [electrons/pixel] and whether it lies in the range that an engine was trained for."""
+    dose = float(np.mean(counts[::_DOSE_ROW_STEP]))
+    low, high = dose_range
+    return round(dose, 4), low <= dose <= high

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -52,6 +52,16 @@ class State(Enum):
     IN_FLIGHT = auto()
 
 
+@dataclass(frozen=True)
+class Maker:
+    """The engine that denoised a batch, for its headers."""
+
+    identity: Mapping[str, Any]
+    """{name, sha256, device}."""
+    dose_range: tuple[float, float] | None
+    """[electrons/pixel] it was trained for; None if not known."""
+
+
 @dataclass
 class Slot:
     """One batch. The engine reads `counts` and writes `expected`; `headers[i]` belongs to row i."""
@@ -66,6 +76,8 @@ class Slot:
     inferred_ns: int = 0
     result: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
     """(B, H, W) float32, what the engine returned: `expected`, or `counts` when it had nothing to do."""
+    maker: Maker | None = None
+    """Of the result."""
     _input: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     _output: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     _rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)))

@@ -10,25 +10,29 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
+from emstream.control import Answer, Control
 from emstream.corrections import Corrections, Region, check_calibration
 from emstream.errors import EngineError, EngineUnavailable, FileFormatError, MalformedFrame, SourceError
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
+from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
 from emstream.ledger import Ledger
 from emstream.memory import keep_freed_blocks
 from emstream.movies import open_movie
 from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
+from emstream.quality import self_test
 from emstream.ring import Ring
 from emstream.sources import open_source
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
@@ -48,6 +52,8 @@ class Settings:
     """Endpoint to publish on."""
     engine: str | Path | None = None
     """Model file; None is the one that ships with emstream."""
+    fallback: str | Path | None = None
+    """Model file that takes over, on the CPU, when the engine goes on failing."""
     device: str = "auto"
     """cpu, GPU numbers such as 0 or 0,1, or auto."""
     precision: str | None = None
@@ -87,6 +93,8 @@ class Settings:
     """How long frames already received may take to finish after a stop."""
     frames: int | None = None
     """Stop after this many published frames."""
+    control: str | None = "tcp://127.0.0.1:*"
+    """Endpoint that takes orders; None for none."""
 
     def __post_init__(self) -> None:
         self.expected_frame()
@@ -155,12 +163,58 @@ class Service:
 
     pipeline: Pipeline
     publisher: Publisher
-    engine: Engine
+    engine: SupervisedEngine
     ledger: Ledger
+    ring: Ring
+    settings: Settings
+    corrections: Corrections
+
+    def swap(self, path: str | Path) -> dict[str, Any]:
+        """Load, prepare and test another engine beside the running one, and let it have the next batch.
+
+        Returns what the test measured. Raises EngineError or ValueError, and nothing has changed then.
+        """
+        load = partial(_load_prepared, replace(self.settings, engine=path), self.corrections)
+        engine = load()
+        try:
+            _check_max_batch(engine, self.ring.max_batch)
+            tested = self_test(engine)
+        except BaseException:
+            engine.close()
+            raise
+        before = self.engine.swap(engine, load)
+        log.info(
+            "%s takes over from %s, after %.1f dB in its self-test", engine.name, before.name, tested.psnr_db
+        )
+        if tested.far_from_card:
+            log.warning("the card of %s says %.1f dB", engine.name, tested.card_psnr_db)
+        return {"engine": engine.identity, "before": before.identity, "self_test": tested.report()}
+
+    def swap_back(self) -> dict[str, Any]:
+        """Let the engine of before the last swap have the next batch."""
+        before = self.engine.current
+        engine = self.engine.swap_back()
+        log.info("%s takes over again from %s", engine.name, before.name)
+        return {"engine": engine.identity, "before": before.identity}
+
+    def answers(self) -> dict[str, Answer]:
+        """What its control socket can be asked."""
+        return {
+            "status": lambda question: self.pipeline.report(),
+            "swap": lambda question: self.swap(_text(question, "engine")),
+            "swap-back": lambda question: self.swap_back(),
+        }
 
     def close(self) -> None:
         self.publisher.close()
         self.engine.close()
+
+
+def _text(question: Mapping[str, Any], key: str) -> str:
+    value = question.get(key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key} must be a text, got {value!r}")
+    return value
 
 
 def build(
@@ -168,18 +222,27 @@ def build(
     *,
     source: Source | None = None,
     engine: Engine | None = None,
+    fallback: Engine | None = None,
 ) -> Service:
-    """Put a service together. `source` and `engine` given here stand in for those the settings name."""
+    """Put a service together. The parts given here stand in for those the settings name."""
     keep_freed_blocks()
     ledger, corrections = Ledger(), settings.corrections()
+    reload = None
     with contextlib.ExitStack() as stack:
         if engine is None:
-            engine = _load_prepared(settings, corrections)
+            reload = partial(_load_prepared, settings, corrections)
+            engine = reload()
             stack.callback(engine.close)
         else:
             stack.callback(engine.close)
             engine.prepare(*settings.expected_frame(engine, corrections))
-        service = _assemble(settings, ledger, corrections, engine, source)
+        if fallback is None and settings.fallback is not None:
+            on_cpu = replace(settings, engine=settings.fallback, device="cpu")
+            fallback = _load_prepared(on_cpu, corrections)
+        if fallback is not None:
+            stack.callback(fallback.close)
+        supervised = SupervisedEngine(engine, reload=reload, fallback=fallback)
+        service = _assemble(settings, ledger, corrections, supervised, source)
         stack.pop_all()
     return service
 
@@ -209,14 +272,23 @@ def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
         return load("cpu")
 
 
-def _assemble(
-    settings: Settings, ledger: Ledger, corrections: Corrections, engine: Engine, source: Source | None
-) -> Service:
-    max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
+def _check_max_batch(engine: Engine, max_batch: int) -> None:
     if engine.max_batch is not None and max_batch > engine.max_batch:
         raise ValueError(
             f"{engine.name} takes batches of up to {engine.max_batch} frames, max_batch is {max_batch}"
         )
+
+
+def _assemble(
+    settings: Settings,
+    ledger: Ledger,
+    corrections: Corrections,
+    supervised: SupervisedEngine,
+    source: Source | None,
+) -> Service:
+    engine = supervised.current
+    max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
+    _check_max_batch(engine, max_batch)
     ring = Ring(
         slots=settings.slots if settings.slots is not None else engine.depth + 2,
         max_batch=max_batch,
@@ -224,8 +296,7 @@ def _assemble(
         allocate=engine.allocate,
     )
     ring.prepare(*settings.expected_frame(engine, corrections))
-    dose_range = engine.card.dose_range if engine.card else None
-    publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
+    publisher = Publisher(settings.output, ledger, settings.queue)
     try:
         source = source or open_source(settings.input, settings.max_frame_bytes)
     except Exception:
@@ -242,13 +313,13 @@ def _assemble(
         source=source,
         intake=intake,
         ring=ring,
-        engine=engine,
+        engine=supervised,
         publisher=publisher,
         ledger=ledger,
         frames=settings.frames,
         drain_s=settings.drain_s,
     )
-    return Service(pipeline, publisher, engine, ledger)
+    return Service(pipeline, publisher, supervised, ledger, ring, settings, corrections)
 
 
 def serve(
@@ -261,13 +332,28 @@ def serve(
     """
     service = build(settings, **parts)
     try:
-        with stop_on_signals(service.pipeline.stop):
+        with stop_on_signals(service.pipeline.stop), _control(service):
             if on_ready:
                 on_ready(service)
             service.pipeline.run()
     finally:
         service.close()
     return service.pipeline.report()
+
+
+@contextlib.contextmanager
+def _control(service: Service) -> Iterator[None]:
+    """Take orders, and say on the stats topic where."""
+    if service.settings.control is None:
+        yield
+        return
+    control = Control(service.settings.control, service.answers())
+    service.publisher.about["control"] = control.endpoint
+    control.start()
+    try:
+        yield
+    finally:
+        control.close()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from emstream import wire
-from emstream.errors import CudaError, EmstreamError, EngineError
-from emstream.inference import IdentityEngine
+from emstream.errors import CudaError, EmstreamError, EngineError, EngineInvalid
+from emstream.inference import IdentityEngine, load_engine
 from emstream.intake import Overrun
 from emstream.serve import Settings, build
 from tests.conftest import exact, message
@@ -40,27 +40,22 @@ class GatedEngine(IdentityEngine):
 
 
 class FailingEngine(IdentityEngine):
-    """Raises on every third batch, half of the time while submitting."""
+    """Raises on every third frame each time, half of the time while submitting."""
 
     best_batch = 1
 
-    def __init__(self) -> None:
-        self.batches = 0
-
     def prepare(self, shape: Any, dtype: Any) -> None:
-        """Counts from the first frame on."""
+        """It never would."""
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
-        self.batches += 1
-        if self.batches % 6 == 0:
+        if counts[0, 0, 0] % 6 == 5:
             raise RuntimeError("submit")
-        return self.batches, super().submit(counts, expected)
+        return super().submit(counts, expected)
 
-    def collect(self, ticket: Any) -> np.ndarray:
-        batch, done = ticket
-        if batch % 6 == 3:
+    def collect(self, ticket: np.ndarray) -> np.ndarray:
+        if ticket[0, 0, 0] % 6 == 2:
             raise RuntimeError("collect")
-        return super().collect(done)
+        return super().collect(ticket)
 
 
 def test_every_frame_comes_out_in_order_with_its_pixels(rig: Any) -> None:
@@ -188,6 +183,75 @@ def test_engine_that_fails_costs_its_batch_and_nothing_else(rig: Any, caplog: An
     assert (ledger["failed"], ledger["published"]) == (20, 40)
     assert "engine failed on 1 frames" in caplog.text
     assert [head["frame"] for head, _ in run.published()] == [n for n in range(60) if (n + 1) % 3]
+
+
+def test_headers_say_when_the_fallback_took_over(rig: Any, caplog: Any) -> None:
+    class Broken(IdentityEngine):
+        def prepare(self, shape: Any, dtype: Any) -> None:
+            """It would raise."""
+
+        def collect(self, ticket: np.ndarray) -> np.ndarray:
+            raise RuntimeError("broken")
+
+    fallback = IdentityEngine()
+    fallback.name = "spare"
+    run = rig({"overrun": Overrun.block, "frames": 18}, engine=Broken(), fallback=fallback)
+    run.start()
+    for n in range(20):
+        run.camera.send_multipart(message(n, pixels(n)))
+    run.join()
+    assert run.ledger["failed"] == 2
+    published = run.published()
+    assert [head["frame"] for head, _ in published] == list(range(2, 20))
+    assert all(head["engine"]["name"] == "spare" for head, _ in published)
+    assert all(head["engine"]["fallback_for"] == "identity" for head, _ in published)
+    assert "identity is replaced by spare: broken" in caplog.text
+
+
+def test_swap_under_load_loses_no_frame_and_keeps_the_order(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    sent = threading.Event()
+
+    def send() -> None:
+        for n in range(3000):
+            run.camera.send_multipart(message(n, pixels(n)))
+        sent.set()
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    swaps = 0
+    while not sent.is_set() or swaps < 10:
+        run.service.swap("identity")
+        swaps += 1
+    thread.join()
+    run.wait(lambda ledger: ledger["published"] == 3000)
+    assert [head["frame"] for head, _ in run.published()] == list(range(3000))
+
+
+def test_engine_that_fails_its_self_test_is_not_swapped_in(
+    rig: Any, engine_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forgetful(IdentityEngine):
+        name = "forgetful"
+        card = load_engine(engine_path).card
+
+        def collect(self, ticket: np.ndarray) -> np.ndarray:
+            ticket[...] = 0.3
+            return ticket
+
+    run = rig({})
+    run.start()
+    before = run.service.engine.current
+    with monkeypatch.context() as patch:
+        patch.setattr("emstream.serve.load_engine", lambda *a, **k: Forgetful())
+        with pytest.raises(EngineInvalid, match=r"forgetful fails its self-test: .* dB on simulated frames"):
+            run.service.swap("forgetful.onnx")
+    with pytest.raises(EngineError, match=r"no engine at nowhere\.onnx"):
+        run.service.swap("nowhere.onnx")
+    assert run.service.engine.current is before
+    run.camera.send_multipart(message(0, pixels(0)))
+    run.wait(lambda ledger: ledger["published"] == 1)
 
 
 def test_failure_that_goes_on_is_said_once_in_a_while(rig: Any, caplog: Any) -> None:

@@ -12,10 +12,10 @@ from emstream.errors import OutputError, SourceError
 from emstream.frame import now_ns
 from emstream.ledger import Ledger
 from emstream.publish import Publisher
-from emstream.ring import Ring, Slot
+from emstream.ring import Maker, Ring, Slot
 from tests.conftest import header
 
-ENGINE = {"name": "test", "sha256": "0" * 64, "device": "none"}
+MAKER = Maker({"name": "test", "sha256": "0" * 64, "device": "none"}, None)
 
 
 def batch(count: int, shape: tuple[int, int] = (64, 64)) -> Slot:
@@ -27,27 +27,27 @@ def batch(count: int, shape: tuple[int, int] = (64, 64)) -> Slot:
         ring.commit(header(n, shape), now_ns())
     slot = ring.claim()
     assert isinstance(slot, Slot)
-    slot.result = slot.expected
+    slot.result, slot.maker = slot.expected, MAKER
     slot.result[:] = slot.counts
     return slot
 
 
 def test_port_in_use_is_explained(context: Any) -> None:
-    first = Publisher("tcp://127.0.0.1:*", Ledger(), ENGINE, context=context)
+    first = Publisher("tcp://127.0.0.1:*", Ledger(), context=context)
     with pytest.raises(OutputError, match=r"the address is in use.*--output takes"):
-        Publisher(first.endpoint, Ledger(), ENGINE, context=context)
+        Publisher(first.endpoint, Ledger(), context=context)
     first.close(linger_s=0)
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "tcp://nowhere.invalid:1", "tcp://127.0.0.1:99999"])
 def test_endpoint_that_makes_no_sense_is_explained(context: Any, endpoint: str) -> None:
     with pytest.raises(OutputError, match="--output takes"):
-        Publisher(endpoint, Ledger(), ENGINE, context=context)
+        Publisher(endpoint, Ledger(), context=context)
 
 
 def test_subscriber_that_never_reads_holds_nobody_up(context: Any, tmp_path: Any) -> None:
     ledger = Ledger()
-    publisher = Publisher(f"ipc://{tmp_path}/out", ledger, ENGINE, queue=4, context=context)
+    publisher = Publisher(f"ipc://{tmp_path}/out", ledger, queue=4, context=context)
     lazy = context.socket(zmq.SUB)
     lazy.linger = 0
     lazy.rcvhwm = 1
@@ -66,7 +66,7 @@ def test_subscriber_that_never_reads_holds_nobody_up(context: Any, tmp_path: Any
 def test_one_subscriber_can_be_waited_for_among_others_who_want_everything(
     context: Any, tmp_path: Any
 ) -> None:
-    publisher = Publisher(f"ipc://{tmp_path}/out", Ledger(), ENGINE, context=context)
+    publisher = Publisher(f"ipc://{tmp_path}/out", Ledger(), context=context)
     other, awaited = context.socket(zmq.SUB), context.socket(zmq.SUB)
     other.connect(publisher.endpoint)
     other.subscribe(b"")
@@ -82,7 +82,7 @@ def test_one_subscriber_can_be_waited_for_among_others_who_want_everything(
 
 
 def test_published_frame_does_not_change_when_its_slot_is_filled_again(context: Any, tmp_path: Any) -> None:
-    publisher = Publisher(f"ipc://{tmp_path}/out", Ledger(), ENGINE, context=context)
+    publisher = Publisher(f"ipc://{tmp_path}/out", Ledger(), context=context)
     frames = emstream.subscribe(publisher.endpoint, timeout_s=20)
     received: list[Any] = []
     thread = threading.Thread(target=lambda: received.append(next(frames)))

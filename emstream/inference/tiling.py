@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from emstream.errors import EngineError
+from emstream.errors import BatchRefused
 from emstream.inference.engine import Engine
 
 TILE_PX = 1024
@@ -108,7 +108,7 @@ class TiledEngine(Engine):
             return self._engine.submit(counts, expected)
         cut = [tile for length, tile in zip(counts.shape[1:], self._tile, strict=True) if length > tile]
         if min(cut) < self._smallest_px:
-            raise EngineError(
+            raise BatchRefused(
                 f"frames of {counts.shape[1]}x{counts.shape[2]} are larger than the engine's "
                 f"{self._tile[0]}x{self._tile[1]}, which is too small for tiles: {self._too_small()}"
             )

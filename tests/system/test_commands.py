@@ -262,3 +262,40 @@ def test_fifteen_lines_of_plain_pyzmq_read_the_output(rig: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3
     assert "(64, 64)" in done.stdout
+
+
+def test_engine_of_a_running_service_is_exchanged_and_back_again(tmp_path: Path) -> None:
+    output = f"ipc://{tmp_path}/out"
+    service = start("serve", "--input", "sim://?rate=50&height=64&width=64", "--output", output,
+                    "--expect", "64x64:uint8", "--json")  # fmt: skip
+    line_with(service, "engine wide64 on")
+    try:
+        other = ROOT / "engines/unet32.onnx"
+        done = emstream("engine", "swap", other, "--service", output, "--json")
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert (answer["before"]["name"], answer["engine"]["name"]) == ("wide64", "unet32")
+        assert answer["self_test"]["psnr_db"] > answer["self_test"]["blurred_psnr_db"] + 5
+
+        refused = emstream("engine", "swap", tmp_path / "none.onnx", "--service", output)
+        assert refused.returncode == 1
+        assert f"refuses: no engine at {tmp_path}/none.onnx; shipped:" in refused.stderr
+
+        done = emstream("engine", "back", "--service", output, "--json")
+        assert json.loads(done.stdout)["engine"]["name"] == "wide64"
+    finally:
+        service.send_signal(signal.SIGINT)
+        out, err = service.communicate(timeout=30)
+    report = json.loads(out)
+    assert report["ledger"]["dropped"] == report["ledger"]["failed"] == report["ledger"]["missing"] == 0
+    assert report["engine"]["name"] == "wide64"
+    assert "unet32 takes over from wide64" in err
+
+
+def test_orders_to_no_service_are_explained(tmp_path: Path) -> None:
+    done = emstream("engine", "swap", "x.onnx", "--service", f"ipc://{tmp_path}/nobody")
+    assert done.returncode == 1
+    assert "no service at ipc://" in done.stderr
+    done = emstream("engine", "swap", "x.onnx", "--service", "nonsense")
+    assert done.returncode == 1
+    assert "cannot connect to nonsense" in done.stderr

@@ -1,0 +1,112 @@
+"""Telling a running service what to do: one question, one answer, over a ZeroMQ socket of its own.
+
+A question is a msgpack map ``{"do": NAME, ...}``, the answer ``{"ok": true, ...}`` or
+``{"ok": false, "error": TEXT}``. Where to ask is in every message on the ``stats`` topic.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import zmq
+
+from emstream import wire
+from emstream.endpoint import bind
+from emstream.errors import EmstreamError, MalformedFrame, SourceError
+
+log = logging.getLogger(__name__)
+LARGEST_QUESTION = 64 * 1024  # bytes
+_POLL_MS = 100
+
+Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+class Control:
+    """Answers questions in a thread of its own, one at a time."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        answers: Mapping[str, Answer],
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Bind `endpoint`. `answers` by the name of what is to be done: they raise EmstreamError or ValueError."""
+        self._answers = answers
+        self._socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
+        self._socket.linger = 500
+        self._socket.set(zmq.MAXMSGSIZE, LARGEST_QUESTION)
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
+        self.endpoint = bind(self._socket, endpoint)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer what is being answered, then no more."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=60)
+        self._socket.close()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            if not self._socket.poll(_POLL_MS):
+                continue
+            parts = self._socket.recv_multipart()
+            if len(parts) != 3 or parts[1]:  # what a REQ socket sends
+                log.debug("a control message of %d parts was ignored", len(parts))
+                continue
+            self._socket.send_multipart([parts[0], b"", wire.pack(self._answer(parts[2]))])
+
+    def _answer(self, packed: bytes) -> dict[str, Any]:
+        try:
+            question = wire.unpack(packed)
+            answer = self._answers.get(str(question.get("do")))
+            if answer is None:
+                raise ValueError(f"do must be one of {', '.join(self._answers)}, got {question.get('do')!r}")
+            return {"ok": True, **answer(question)}
+        except (EmstreamError, MalformedFrame, ValueError) as error:
+            return {"ok": False, "error": str(error)}
+        except Exception as error:
+            log.exception("control")
+            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def ask(endpoint: str, question: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Ask the service at a control endpoint; returns its answer. Raises SourceError when it refuses or is silent."""
+    socket: zmq.Socket[bytes]
+    with zmq.Context.instance().socket(zmq.REQ) as socket:
+        socket.linger = 0
+        socket.connect(endpoint)
+        socket.send(wire.pack(question))
+        if not socket.poll(round(1000 * timeout_s)):
+            raise SourceError(f"no answer from the service at {endpoint} within {timeout_s:g} s")
+        answer = wire.unpack(socket.recv())
+    if not answer.get("ok"):
+        raise SourceError(f"the service at {endpoint} refuses: {answer.get('error')}")
+    return answer
+
+
+def control_of(service: str, timeout_s: float = 3.0) -> str:
+    """The control endpoint of the service that publishes on `service`; it says so on its stats topic."""
+    socket: zmq.Socket[bytes]
+    with zmq.Context.instance().socket(zmq.SUB) as socket:
+        socket.linger = 0
+        try:
+            socket.connect(service)
+        except zmq.ZMQError as error:
+            raise SourceError(f"cannot connect to {service}: {error.strerror}") from None
+        socket.subscribe(b"stats")
+        if not socket.poll(round(1000 * timeout_s)):
+            raise SourceError(
+                f"no service at {service}: nothing came within {timeout_s:g} s; --service takes tcp://HOST:PORT"
+            )
+        endpoint = wire.unpack(socket.recv_multipart()[1]).get("control")
+    if endpoint is None:
+        raise SourceError(f"the service at {service} takes no orders; start it without --control none")
+    return str(endpoint)
