@@ -81,7 +81,7 @@ def ask(endpoint: str, question: Mapping[str, Any], timeout_s: float) -> dict[st
     """Ask the service at a control endpoint; returns its answer. Raises SourceError when it refuses or is silent."""
     socket: zmq.Socket[bytes]
     with zmq.Context.instance().socket(zmq.REQ) as socket:
-        socket.linger = 0
+        socket.setsockopt(zmq.LINGER, 0)
         socket.connect(endpoint)
         socket.send(wire.pack(question))
         if not socket.poll(round(1000 * timeout_s)):
@@ -96,7 +96,7 @@ def control_of(service: str, timeout_s: float = 3.0) -> str:
     """The control endpoint of the service that publishes on `service`; it says so on its stats topic."""
     socket: zmq.Socket[bytes]
     with zmq.Context.instance().socket(zmq.SUB) as socket:
-        socket.linger = 0
+        socket.setsockopt(zmq.LINGER, 0)
         try:
             socket.connect(service)
         except zmq.ZMQError as error:

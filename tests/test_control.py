@@ -62,3 +62,5 @@ def test_garbage_neither_stops_nor_fills_it(control: Control, context: Any) -> N
     large.send(bytes(LARGEST_QUESTION + 1))
     assert not large.poll(300)
     assert ask(control.endpoint, {"do": "double", "n": 1}, 10)["twice"] == 2
+    rubbish.close()
+    large.close()
