@@ -28,7 +28,7 @@ def emstream(*arguments: str | Path, **options: Any) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, **options)
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path | int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "emstream", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -267,7 +267,7 @@ def test_fifteen_lines_of_plain_pyzmq_read_the_output(rig: Any) -> None:
 def test_engine_of_a_running_service_is_exchanged_and_back_again(tmp_path: Path) -> None:
     output = f"ipc://{tmp_path}/out"
     service = start("serve", "--input", "sim://?rate=50&height=64&width=64", "--output", output,
-                    "--expect", "64x64:uint8", "--json")  # fmt: skip
+                    "--expect", "64x64:uint8", "--slots", 500, "--json")  # fmt: skip
     line_with(service, "engine wide64 on")
     try:
         other = ROOT / "engines/unet32.onnx"
