@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from emstream.errors import EmstreamError, OutputError, SourceError
+from emstream.errors import EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
 from emstream.printable import PrintableFormatter, printable, printable_lines
 
@@ -35,6 +35,9 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except EmstreamError as error:
             typer.echo(printable_lines(f"error: {error}"), err=True)
+            if isinstance(error, Stalled):
+                sys.stdout.flush()
+                os._exit(1)  # a thread hangs: nothing could wait for its end
             raise typer.Exit(1) from None
         except ValueError as error:
             typer.echo(printable_lines(f"error: {error}"), err=True)
@@ -168,6 +171,10 @@ def serve(
             help="Frame size and type to be ready for. [default: the engine's own, or 512x512:uint8]"
         ),
     ] = None,
+    stall_limit_s: Annotated[
+        float,
+        typer.Option(help="Give up, to be started again, once the engine or another part hangs this long."),
+    ] = 120.0,
     fallback: Annotated[
         str | None,
         typer.Option(
@@ -223,7 +230,7 @@ def serve(
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
         offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
         max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
-        fallback=fallback, control=None if control == "none" else control,
+        fallback=fallback, stall_limit_s=stall_limit_s, control=None if control == "none" else control,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):
@@ -257,7 +264,12 @@ def serve(
                 if look_back:
                     stack.enter_context(_begin_on_signal(recorder.begin))
 
-        report = run(settings, on_ready=ready)
+        try:
+            report = run(settings, on_ready=ready)
+        except EmstreamError as error:
+            if error.report is not None:
+                _print_report({**error.report, "error": str(error)}, as_json)
+            raise
     if recordings:
         report["recording"] = recordings[0]
     _print_report(report, as_json)

@@ -12,16 +12,22 @@
     │   ├── CudaError          no GPU, or a call to it that failed
     │   └── BatchRefused       frames that the engine was not made for; it takes others
     ├── FileFormatError      a movie or recording that cannot be read or written
-    └── MalformedFrame       one message; the service counts it as rejected and goes on
+    ├── MalformedFrame       one message; the service counts it as rejected and goes on
+    └── Stalled              a part of the service that does not come back; only a new process helps
 
 A caller's mistake (a negative dose, an unknown policy) is a ValueError instead.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EmstreamError(Exception):
     """Anything that goes wrong at run time; the text says where and what to do."""
+
+    report: dict[str, Any] | None = None
+    """What a service had done by then, as ``--json`` prints it."""
 
 
 class SourceError(EmstreamError):
@@ -61,4 +67,8 @@ class FileFormatError(EmstreamError):
 
 
 class MalformedFrame(EmstreamError):
+    pass
+
+
+class Stalled(EmstreamError):
     pass

@@ -25,6 +25,7 @@ from emstream.errors import EngineError, MalformedFrame
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark
+from emstream.watchdog import Watchdog
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Intake:
         overrun: Overrun = Overrun.drop_oldest,
         corrections: Corrections | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        watchdog: Watchdog | None = None,
     ) -> None:
         if max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {max_frame_bytes} bytes")
@@ -76,6 +78,7 @@ class Intake:
         self._ledger = ledger
         self._overrun = overrun
         self._corrections = corrections or Corrections()
+        self._watchdog = watchdog or Watchdog()
         self._aborted = threading.Event()
         self._header: FrameHeader | None = None
         self._received_ns = 0
@@ -105,6 +108,7 @@ class Intake:
         if row is None:
             self._ledger.drop()
             return None
+        self._watchdog.begin("source")
         self._header, self._row = header, row
         if not self._corrections.moves:
             return row
@@ -154,6 +158,7 @@ class Intake:
         return row
 
     def _take_header(self) -> FrameHeader:
+        self._watchdog.end("source")
         header, self._header = self._header, None
         assert header is not None, "no frame was offered"
         return header

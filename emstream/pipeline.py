@@ -19,7 +19,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from emstream.errors import CudaError, EmstreamError
+from emstream.errors import CudaError, EmstreamError, Stalled
 from emstream.frame import now_ns
 from emstream.inference.supervised import SupervisedEngine, Ticket
 from emstream.intake import Intake, Source
@@ -27,9 +27,11 @@ from emstream.ledger import Ledger
 from emstream.publish import Publisher
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.seldom import Seldom
+from emstream.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
+_FIRST_BATCH_S = 60.0
 _GPU_IS_LOST = 20  # batches in a row that CUDA refused: what such an error spoils only a new process mends
 
 
@@ -52,6 +54,8 @@ class Pipeline:
         ledger: Ledger,
         frames: int | None = None,
         drain_s: float = 10.0,
+        stall_limit_s: float = 120.0,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._source = source
         self._intake = intake
@@ -61,6 +65,9 @@ class Pipeline:
         self._ledger = ledger
         self._frames = frames
         self._drain_s = drain_s
+        self._stall_limit_s = stall_limit_s
+        self._watchdog = watchdog or Watchdog()
+        self._engine_s: dict[tuple[int, int], float] = {}
         self._drain_until_ns: int | None = None
         self._submitted: SimpleQueue[tuple[Ticket, Slot] | SeriesMark | None] = SimpleQueue()
         self._in_engine = 0
@@ -81,7 +88,7 @@ class Pipeline:
     def run(self) -> None:
         """Run to the end. Raises EmstreamError when a thread died before its time."""
         receive, submit, publish = (
-            threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"))
+            threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
             for work in (self._receive, self._submit, self._publish)
         )
         for thread in (publish, submit, receive):
@@ -91,6 +98,7 @@ class Pipeline:
             while thread.is_alive():
                 thread.join(timeout=0.2)
                 self._watch_the_drain()
+                self._watch_the_stages()
         if isinstance(self._fault, EmstreamError):
             raise self._fault
         if self._fault is not None:
@@ -108,6 +116,21 @@ class Pipeline:
         elif now_ns() > self._drain_until_ns:
             log.warning("dropping what is left after %g s: %d frames", self._drain_s, self._ledger.in_flight)
             self._abort()
+
+    def _watch_the_stages(self) -> None:
+        """Raise `Stalled` once a stage has been stalled for too long: only a new process helps."""
+        for stage, seconds in self._watchdog.look().items():
+            if seconds > self._stall_limit_s:
+                self._abort()
+                raise Stalled(
+                    f"the {stage} has been stalled for {seconds:.0f} s, {self._ledger.in_flight} frames are in flight; "
+                    "start the service again (a service manager does by itself)"
+                )
+
+    @property
+    def stalled(self) -> dict[str, float]:
+        """Stages that do not come to an end, and for how long they have been at work [s]."""
+        return self._watchdog.stalled
 
     @property
     def frames_per_s(self) -> float | None:
@@ -141,7 +164,9 @@ class Pipeline:
                 if self._aborting.is_set():
                     self._settle(item, self._ledger.drop)
                     continue
+                self._watchdog.begin("engine's input", self._engine_limit_s(item))
                 ticket = self._engine.submit(item.counts, item.expected)
+                self._watchdog.end("engine's input")
                 with self._room:
                     self._in_engine += 1
                 self._submitted.put((ticket, item))
@@ -170,6 +195,8 @@ class Pipeline:
 
     def _collect(self, ticket: Ticket, slot: Slot) -> bool:
         """Wait for a batch; False when the engine failed on it, which costs the batch."""
+        begin_ns = now_ns()
+        self._watchdog.begin("engine", self._engine_limit_s(slot))
         try:
             slot.result = self._engine.collect(ticket)
         except Exception as error:
@@ -178,16 +205,25 @@ class Pipeline:
             self._note_refusal(error)
             return False
         finally:
+            self._watchdog.end("engine")
             with self._room:
                 self._in_engine -= 1
                 self._room.notify()
         self._refused = 0
+        self._engine_s[slot.shape] = (now_ns() - begin_ns) / 1e9
         slot.maker, slot.inferred_ns = self._engine.maker_of(ticket), now_ns()
         return True
 
+    def _engine_limit_s(self, slot: Slot) -> float:
+        """How long a batch may take: the first of a frame size, which may have to be compiled, very long."""
+        before_s = self._engine_s.get(slot.shape)
+        return _FIRST_BATCH_S if before_s is None else max(1.0, 5 * before_s)
+
     def _publish_slot(self, slot: Slot) -> None:
         left = None if self._frames is None else self._frames - self._ledger.published
+        self._watchdog.begin("publisher")
         sent = self._publisher.publish(slot, left)
+        self._watchdog.end("publisher")
         if sent < len(slot):
             self._ledger.drop(len(slot) - sent)
         self._last_published_ns = now_ns()
@@ -246,4 +282,5 @@ class Pipeline:
             "frames_per_s": None if rate is None else round(rate, 3),
             "rejected_because": self._ledger.reasons(),
             "engine": self._engine.identity,
+            "stalled": self._watchdog.stalled,
         }

@@ -21,7 +21,15 @@ import numpy as np
 
 from emstream.control import Answer, Control
 from emstream.corrections import Corrections, Region, check_calibration
-from emstream.errors import EngineError, EngineUnavailable, FileFormatError, MalformedFrame, SourceError
+from emstream.errors import (
+    EmstreamError,
+    EngineError,
+    EngineUnavailable,
+    FileFormatError,
+    MalformedFrame,
+    SourceError,
+    Stalled,
+)
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
@@ -35,6 +43,7 @@ from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.quality import self_test
 from emstream.ring import Ring
 from emstream.sources import open_source
+from emstream.watchdog import Watchdog
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 
 log = logging.getLogger(__name__)
@@ -91,6 +100,8 @@ class Settings:
     """
     drain_s: float = 10.0
     """How long frames already received may take to finish after a stop."""
+    stall_limit_s: float = 120.0
+    """How long the engine or another part may hang before the service gives up."""
     frames: int | None = None
     """Stop after this many published frames."""
     control: str | None = "tcp://127.0.0.1:*"
@@ -105,7 +116,7 @@ class Settings:
             raise ValueError(f"binning must be at least 1 pixel, got {self.binning}")
         if self.max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {self.max_frame_bytes} bytes")
-        for name in ("max_wait_ms", "drain_s"):
+        for name in ("max_wait_ms", "drain_s", "stall_limit_s"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
         if self.frames is not None and self.frames < 1:
@@ -302,12 +313,14 @@ def _assemble(
     except Exception:
         publisher.close(linger_s=0)
         raise
+    watchdog = Watchdog()
     intake = Intake(
         ring,
         ledger,
         overrun=settings.overrun or (Overrun.block if source.lossless else Overrun.drop_oldest),
         corrections=corrections,
         max_frame_bytes=settings.max_frame_bytes,
+        watchdog=watchdog,
     )
     pipeline = Pipeline(
         source=source,
@@ -318,6 +331,8 @@ def _assemble(
         ledger=ledger,
         frames=settings.frames,
         drain_s=settings.drain_s,
+        stall_limit_s=settings.stall_limit_s,
+        watchdog=watchdog,
     )
     return Service(pipeline, publisher, supervised, ledger, ring, settings, corrections)
 
@@ -336,8 +351,15 @@ def serve(
             if on_ready:
                 on_ready(service)
             service.pipeline.run()
-    finally:
+    except EmstreamError as error:
+        error.report = service.pipeline.report()
+        if not isinstance(error, Stalled):  # what hangs would hang again while it is closed
+            service.close()
+        raise
+    except BaseException:
         service.close()
+        raise
+    service.close()
     return service.pipeline.report()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from emstream import wire
-from emstream.errors import CudaError, EmstreamError, EngineError, EngineInvalid
+from emstream.errors import CudaError, EmstreamError, EngineError, EngineInvalid, Stalled
 from emstream.inference import IdentityEngine, load_engine
 from emstream.intake import Overrun
 from emstream.serve import Settings, build
@@ -252,6 +253,36 @@ def test_engine_that_fails_its_self_test_is_not_swapped_in(
     assert run.service.engine.current is before
     run.camera.send_multipart(message(0, pixels(0)))
     run.wait(lambda ledger: ledger["published"] == 1)
+
+
+def test_engine_that_hangs_is_named_within_a_second_and_given_up_at_last(rig: Any, caplog: Any) -> None:
+    engine = GatedEngine()
+    engine.best_batch = 1
+    run = rig({"overrun": Overrun.block, "stall_limit_s": 2.5}, engine=engine)
+    fault: list[BaseException] = []
+
+    def run_to_the_end() -> None:
+        try:
+            run.service.pipeline.run()
+        except Stalled as error:
+            fault.append(error)
+
+    run._thread = threading.Thread(target=run_to_the_end)
+    run.start()
+    engine.gate.release()  # the first frame of a size may take long
+    run.camera.send_multipart(message(0, pixels(0)))
+    run.wait(lambda ledger: ledger["published"] == 1)
+    begin = time.monotonic()
+    run.camera.send_multipart(message(1, pixels(1)))
+    while not run.service.pipeline.stalled:
+        time.sleep(0.01)
+    assert 0.9 < time.monotonic() - begin < 2.4
+    assert run.service.pipeline.stalled.keys() == {"engine"}
+    run.join()
+    assert "the engine has been stalled for" in str(fault[0])
+    assert "1 frames are in flight" in str(fault[0])
+    assert "the engine has stalled" in caplog.text
+    engine.gate.release(10)
 
 
 def test_failure_that_goes_on_is_said_once_in_a_while(rig: Any, caplog: Any) -> None:
