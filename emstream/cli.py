@@ -181,6 +181,12 @@ def serve(
             metavar="PATH", help="Model file that takes over, on the CPU, if the engine keeps failing."
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Answer Prometheus, /healthz and /readyz here, e.g. 127.0.0.1:9095."
+        ),
+    ] = None,
     control: Annotated[
         str, typer.Option(help="Endpoint that takes orders such as emstream engine swap; none for none.")
     ] = "tcp://127.0.0.1:*",
@@ -230,7 +236,7 @@ def serve(
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
         offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
         max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
-        fallback=fallback, stall_limit_s=stall_limit_s, control=None if control == "none" else control,
+        fallback=fallback, stall_limit_s=stall_limit_s, metrics=metrics, control=None if control == "none" else control,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 _STEP = math.log(1.01)
@@ -25,12 +26,14 @@ class Histogram:
     def __init__(self) -> None:
         self._counts = [0] * _BUCKETS
         self._total = 0
+        self._sum = 0
         self._max = 0
 
     def add(self, duration_ns: int) -> None:
         bucket = int(math.log(duration_ns) / _STEP) if duration_ns > 1 else 0
         self._counts[min(bucket, _BUCKETS - 1)] += 1
         self._total += 1
+        self._sum += duration_ns
         if duration_ns > self._max:
             self._max = duration_ns
 
@@ -44,6 +47,20 @@ class Histogram:
             if seen >= rank:
                 return min(math.exp((bucket + 1) * _STEP), self._max) / 1e6
         return self._max / 1e6
+
+    def cumulative(self, bounds_s: Sequence[float]) -> tuple[list[int], float]:
+        """How many durations were at most as long as each of the bounds [s], rising, and in all; and their sum [s].
+
+        Good to 1 %, as everything here.
+        """
+        counts = self._counts.copy()
+        below, begin, seen = [], 0, 0
+        for bound_s in bounds_s:
+            end = min(int(math.log(bound_s * 1e9) / _STEP), _BUCKETS)
+            seen += sum(counts[begin:end])
+            below.append(seen)
+            begin = end
+        return [*below, seen + sum(counts[begin:])], self._sum / 1e9
 
     def summary_ms(self) -> dict[str, float | None]:
         percentiles = {"p50": 50, "p99": 99, "p99_9": 99.9, "max": 100}

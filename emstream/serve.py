@@ -37,6 +37,7 @@ from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
 from emstream.ledger import Ledger
 from emstream.memory import keep_freed_blocks
+from emstream.metrics import MetricsServer, Watched, host_and_port
 from emstream.movies import open_movie
 from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
@@ -104,6 +105,8 @@ class Settings:
     """How long the engine or another part may hang before the service gives up."""
     frames: int | None = None
     """Stop after this many published frames."""
+    metrics: str | None = None
+    """HOST:PORT that answers monitoring; None for none."""
     control: str | None = "tcp://127.0.0.1:*"
     """Endpoint that takes orders; None for none."""
 
@@ -119,6 +122,8 @@ class Settings:
         for name in ("max_wait_ms", "drain_s", "stall_limit_s"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
+        if self.metrics is not None:
+            host_and_port(self.metrics)
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
 
@@ -347,7 +352,7 @@ def serve(
     """
     service = build(settings, **parts)
     try:
-        with stop_on_signals(service.pipeline.stop), _control(service):
+        with stop_on_signals(service.pipeline.stop), _control(service), _metrics(service):
             if on_ready:
                 on_ready(service)
             service.pipeline.run()
@@ -361,6 +366,28 @@ def serve(
         raise
     service.close()
     return service.pipeline.report()
+
+
+@contextlib.contextmanager
+def _metrics(service: Service) -> Iterator[None]:
+    """Answer monitoring."""
+    if service.settings.metrics is None:
+        yield
+        return
+    watched = Watched(
+        ledger=service.ledger,
+        waiting=lambda: service.ring.frames,
+        engine=lambda: service.engine.identity,
+        stalled=lambda: service.pipeline.stalled,
+        free_gpu_bytes=lambda: service.engine.current.memory_free(),
+    )
+    server = MetricsServer(service.settings.metrics, watched)
+    log.info("metrics: %s/metrics", server.url)
+    server.start()
+    try:
+        yield
+    finally:
+        server.close()
 
 
 @contextlib.contextmanager

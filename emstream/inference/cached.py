@@ -136,6 +136,10 @@ class CachedPlansEngine(Engine):
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._gpu.pin(nbytes)
 
+    def memory_free(self) -> int:
+        with self._gpu.current():
+            return self._gpu.memory_free()
+
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self._engine(shape, dtype).prepare(shape, dtype)
 

@@ -63,6 +63,10 @@ class Engine(ABC):
         """How many batches of frames (H, W) gain from being in flight together."""
         return self.depth
 
+    def memory_free(self) -> int | None:
+        """What its GPU has left [bytes]; None without one."""
+        return None
+
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         """Do now what the first frame (H, W) of this size and type would otherwise wait for."""
         self.denoise(np.zeros(shape, dtype))

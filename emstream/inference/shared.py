@@ -77,6 +77,10 @@ class SharedEngine(Engine):
             awake = [engine for engine, rest in zip(self._engines, self._resting, strict=True) if not rest]
         return sum(engine.depth_for(shape) for engine in awake or self._engines)
 
+    def memory_free(self) -> int | None:
+        left = [free for engine in self._engines if (free := engine.memory_free()) is not None]
+        return min(left, default=None)
+
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         for engine in self._engines:
             engine.prepare(shape, dtype)

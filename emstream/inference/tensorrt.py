@@ -202,6 +202,10 @@ class TensorRTEngine(Engine):
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._gpu.pin(nbytes)
 
+    def memory_free(self) -> int:
+        with self._gpu.current():
+            return self._gpu.memory_free()
+
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
         self._check(counts)
         with self._lock:

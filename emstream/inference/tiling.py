@@ -97,6 +97,9 @@ class TiledEngine(Engine):
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._engine.allocate(nbytes)
 
+    def memory_free(self) -> int | None:
+        return self._engine.memory_free()
+
     def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         if self._whole(shape):
             self._engine.prepare(shape, dtype)

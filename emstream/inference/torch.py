@@ -122,6 +122,9 @@ class TorchEngine(Engine):
         self._plans: OrderedDict[tuple[Any, ...], deque[_Lane]] = OrderedDict()  # -> idle lanes
         self._compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
 
+    def memory_free(self) -> int | None:
+        return int(torch.cuda.mem_get_info(self._place)[0]) if self._on_gpu else None
+
     def allocate(self, nbytes: int) -> np.ndarray:
         if not self._on_gpu:
             return allocate_pageable(nbytes)
