@@ -323,6 +323,22 @@ def back(
 
 
 @app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose keys: service, display3, ...")],
+    folder: Annotated[Path, typer.Option("-d", "--folder", help="Where to put them.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """A pair of keys for an encrypted connection: NAME.key to give away, NAME.key_secret to keep.
+
+    Example: **emstream keygen service**
+    """
+    from emstream.keys import make
+
+    public, secret = make(name, folder)
+    _print_report({"public": str(public), "secret": str(secret)}, as_json)
+
+
+@app.command()
 def record(
     output: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file, or a folder to name it in.")],
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",

@@ -11,6 +11,7 @@
     │   ├── EngineUnavailable  right file, but this machine or installation cannot run it
     │   ├── CudaError          no GPU, or a call to it that failed
     │   └── BatchRefused       frames that the engine was not made for; it takes others
+    ├── KeyFileError         a key that cannot be read or written
     ├── FileFormatError      a movie or recording that cannot be read or written
     ├── MalformedFrame       one message; the service counts it as rejected and goes on
     └── Stalled              a part of the service that does not come back; only a new process helps
@@ -63,6 +64,10 @@ class BatchRefused(EngineError):
 
 
 class FileFormatError(EmstreamError):
+    pass
+
+
+class KeyFileError(EmstreamError):
     pass
 
 
