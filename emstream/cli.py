@@ -784,6 +784,7 @@ def info(
         return
     loaded = load_engine(engine, device=device)
     card = asdict(loaded.card) if loaded.card else {}
+    card.pop("spectra", None)
     _print_report({**card, **loaded.identity}, as_json)
     loaded.close()
 

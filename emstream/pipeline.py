@@ -24,6 +24,7 @@ from emstream.frame import now_ns
 from emstream.inference.supervised import SupervisedEngine, Ticket
 from emstream.intake import Intake, Source
 from emstream.ledger import Ledger
+from emstream.observe import Observer
 from emstream.publish import Publisher
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.seldom import Seldom
@@ -67,6 +68,7 @@ class Pipeline:
         self._drain_s = drain_s
         self._stall_limit_s = stall_limit_s
         self._watchdog = watchdog or Watchdog()
+        self._observer = Observer()
         self._engine_s: dict[tuple[int, int], float] = {}
         self._drain_until_ns: int | None = None
         self._submitted: SimpleQueue[tuple[Ticket, Slot] | SeriesMark | None] = SimpleQueue()
@@ -91,6 +93,7 @@ class Pipeline:
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
             for work in (self._receive, self._submit, self._publish)
         )
+        self._observer.start()
         for thread in (publish, submit, receive):
             thread.start()
         # Short waits, so that the main thread gets to run signal handlers.
@@ -99,6 +102,7 @@ class Pipeline:
                 thread.join(timeout=0.2)
                 self._watch_the_drain()
                 self._watch_the_stages()
+        self._observer.close()
         if isinstance(self._fault, EmstreamError):
             raise self._fault
         if self._fault is not None:
@@ -224,6 +228,8 @@ class Pipeline:
         self._watchdog.begin("publisher")
         sent = self._publisher.publish(slot, left)
         self._watchdog.end("publisher")
+        self._observer.see(slot)
+        self._publisher.trust = self._observer.report
         if sent < len(slot):
             self._ledger.drop(len(slot) - sent)
         self._last_published_ns = now_ns()
@@ -283,4 +289,5 @@ class Pipeline:
             "rejected_because": self._ledger.reasons(),
             "engine": self._engine.identity,
             "stalled": self._watchdog.stalled,
+            "trust": self._observer.report,
         }

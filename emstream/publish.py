@@ -43,6 +43,8 @@ class Publisher:
         self._open_series: tuple[str, int | str] | None = None
         self._subscribed: set[bytes] = set()
         self._newest: dict[str, Any] = {}
+        self.trust: dict[str, Any] | None = None
+        """How far the picture can be trusted, for every denoised header."""
         self.about: dict[str, Any] = {}
         """What every message on the stats topic says, too."""
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
@@ -69,6 +71,8 @@ class Publisher:
             if dose_range:
                 message["dose"], message["in_domain"] = _domain(slot.counts[row], dose_range)
             message["engine"] = slot.maker.identity
+            if self.trust is not None:
+                message["trust"] = self.trust
             published_ns = now_ns()
             self._note_latency(slot, row, header, published_ns)
             self._ledger.publish()

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from emstream.frame import FrameHeader, now_ns
+from emstream.trust import KnownSpectra
 
 _MAX_MARKS = 100
 _SLOT_NBYTES = 96 * 1024**2
@@ -59,7 +60,9 @@ class Maker:
     identity: Mapping[str, Any]
     """{name, sha256, device}."""
     dose_range: tuple[float, float] | None
-    """[electrons/pixel] it was trained for; None if not known."""
+    """[electrons/pixel] it was trained for; None without a network."""
+    spectra: KnownSpectra | None = None
+    """Of its training images; None if not known."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from bench import report
 from emstream import load_engine
 from emstream.inference import Engine, EngineCard
+from emstream.trust import SPECTRUM_PX, KnownSpectra, spectrum
 from train import networks
 from train.command import explained, writable_file
 from train.dataset import SAMPLING_A, Images
@@ -40,6 +42,7 @@ from train.noise import DOSE_RANGE, PAPER_DOSE
 from train.recipe import load
 
 LARGEST_PX = 8192
+SPECTRA = 384  # images that the card knows the spectra of
 NEAR_PAPER_DOSE = (0.8 * PAPER_DOSE, 1.2 * PAPER_DOSE)  # mean counts of a frame vary with what it shows
 HOT_PIXEL = 1024.0  # times the mean level: beyond it half precision might overflow
 
@@ -134,6 +137,22 @@ def write_pt2(network: Network, path: Path, card: EngineCard) -> None:
     torch.export.save(program, path, extra_files={"card.json": json.dumps(card.to_metadata())})
 
 
+def spectra(directory: Path) -> KnownSpectra:
+    """Of clean images that the network was trained on, or of others like them."""
+    images = Images(directory)
+    order = np.random.default_rng(0).permutation(len(images))[:SPECTRA]
+    if len(order) < SPECTRA:
+        raise ValueError(f"{directory} holds {len(images)} images; spectra are taken of {SPECTRA}")
+    powers = []
+    for index in tqdm(order, unit="image", desc="spectra", mininterval=5):
+        power = spectrum(
+            images.central_views(SPECTRUM_PX, [int(index)])[0, 0].clamp_min(0).numpy(), poisson=False
+        )
+        assert power is not None, "a simulated image without electrons"
+        powers.append(power)
+    return KnownSpectra.of(np.array(powers))
+
+
 def score(engine: Engine, images: Images) -> dict[str, Any]:
     """Test-set figures at 0.45 electrons/pixel of the engine as it runs here, and of the noisy frames."""
     views = (images.central_views(VIEW_PX, [index])[0, 0].numpy() for index in range(len(images)))
@@ -172,6 +191,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path, help="NAME.onnx")
     parser.add_argument("--test", type=Path, required=True, help="made by train.simulate, of unseen seeds")
+    parser.add_argument("--spectra", type=Path, help="images it was trained on [default: the recipe's]")
     parser.add_argument("--data", default="", help="what it was trained on, in words")
     parser.add_argument("--hardware", default="", help="and on what, if the checkpoint does not say it well")
     arguments = parser.parse_args()
@@ -203,6 +223,7 @@ def main() -> None:
         sampling_pm=100 * SAMPLING_A,
         psnr_db=0.0,  # not yet scored
         ssim=0.0,
+        spectra=spectra(arguments.spectra or Path(recipe.train or "")),
         trained=(
             f"{arguments.data or recipe.train}; {state['step']} steps of {recipe.batch} crops of "
             f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from emstream.errors import EngineInvalid
+from emstream.trust import KnownSpectra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class EngineCard:
     trained: str
     """Data, schedule and time, in a sentence."""
     commit: str
+    spectra: KnownSpectra | None = None
+    """Of its training images; None in the cards of earlier engines."""
 
     def to_metadata(self) -> dict[str, str]:
         """Text entries, one per field, as ONNX metadata wants them."""
@@ -43,6 +46,8 @@ class EngineCard:
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name not in metadata:
+                if field.default is None:
+                    continue
                 raise EngineInvalid(
                     f"{where} is not an emstream engine: its metadata lack {field.name!r}; "
                     "write engines with: python -m train.export"
@@ -55,8 +60,10 @@ class EngineCard:
             low, high = (float(dose) for dose in values["dose_range"])
             values["dose_range"] = (low, high)
             values["field_of_view_px"] = int(values["field_of_view_px"])
-        except (TypeError, ValueError):
+            if values.get("spectra") is not None:
+                values["spectra"] = KnownSpectra.read(values["spectra"])
+        except (TypeError, ValueError, KeyError):
             raise EngineInvalid(
-                f"{where}: the card's dose_range or field_of_view_px is not a number"
+                f"{where}: the card's dose_range, field_of_view_px or spectra are not numbers"
             ) from None
         return cls(**values)

@@ -81,7 +81,8 @@ class SupervisedEngine:
     def maker_of(self, ticket: Ticket) -> Maker:
         """Who denoised a batch that was collected."""
         card = ticket.engine.card
-        return Maker(self._identity_of(ticket.engine), card.dose_range if card else None)
+        identity = self._identity_of(ticket.engine)
+        return Maker(identity, card.dose_range, card.spectra) if card else Maker(identity, None)
 
     def _identity_of(self, engine: Engine) -> dict[str, Any]:
         if engine is self._fallback and self._replaced is not None:
