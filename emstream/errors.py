@@ -11,6 +11,7 @@
     │   ├── EngineUnavailable  right file, but this machine or installation cannot run it
     │   ├── CudaError          no GPU, or a call to it that failed
     │   └── BatchRefused       frames that the engine was not made for; it takes others
+    ├── ConfigError          a configuration file that cannot be read or names what there is not
     ├── KeyFileError         a key that cannot be read or written
     ├── FileFormatError      a movie or recording that cannot be read or written
     ├── MalformedFrame       one message; the service counts it as rejected and goes on
@@ -64,6 +65,10 @@ class BatchRefused(EngineError):
 
 
 class FileFormatError(EmstreamError):
+    pass
+
+
+class ConfigError(EmstreamError):
     pass
 
 

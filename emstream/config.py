@@ -1,0 +1,94 @@
+"""Options of commands from a TOML file: one table for each command, a key for each option.
+
+::
+
+    [serve]
+    input = "tcp://camera:5555"
+    max_batch = 4
+
+What is given on the command line wins over the environment (EMSTREAM_SERVE_MAX_BATCH), that
+over the file, and that over the defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from emstream.errors import ConfigError
+
+
+def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The file's tables, for click's ``default_map``; every key an option of its command, every value of its type.
+
+    Raises ConfigError that names the file, the table and the key.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    checked: dict[str, dict[str, Any]] = {}
+    for name, values in tables.items():
+        command = commands.get(name)
+        if command is None or not isinstance(values, dict):
+            raise ConfigError(f"{path}: [{name}] is no command{_near(name, commands)}")
+        options = {
+            str(option.name): option for option in command.params if option.param_type_name == "option"
+        }
+        for key, value in values.items():
+            option = options.get(key.replace("-", "_"))
+            if option is None:
+                raise ConfigError(f"{path}: [{name}] has no option {key!r}{_near(key, options)}")
+            checked.setdefault(name, {})[str(option.name)] = _value(path, name, command, option, value)
+    return checked
+
+
+def _value(path: Path, name: str, command: Any, option: Any, value: Any) -> Any:
+    """`value` if it suits the option; numbers that are texts and the like are no harm, other types are."""
+    where = f"{path}: [{name}] {option.name} = {value!r}"
+    if isinstance(value, (dict, list)) or (isinstance(value, bool) and not option.is_flag):
+        raise ConfigError(f"{where}: one {option.type.name} is needed")
+    if option.is_flag and not isinstance(value, bool):
+        raise ConfigError(f"{where}: true or false is needed")
+    try:
+        option.type_cast_value(typer.Context(command), value)
+    except typer.BadParameter as error:
+        raise ConfigError(f"{where}: {error.message}") from None
+    return value
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
+
+
+@dataclass(frozen=True)
+class InForce:
+    """An option's value and where it comes from."""
+
+    option: str
+    value: Any
+    source: str
+
+
+def in_force(context: Any, path: Path | None) -> list[InForce]:
+    """Every option of a command whose context (click's) was made, as it would run now."""
+    found = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name)
+        where = {"COMMANDLINE": "command line", "DEFAULT_MAP": str(path)}.get(
+            source.name if source else "", "default"
+        )
+        if source and source.name == "ENVIRONMENT":
+            variable = option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
+            where = f"environment: {variable}"
+        found.append(InForce(option.name, context.params.get(option.name), where))
+    return found
