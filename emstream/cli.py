@@ -21,10 +21,11 @@ from typer.core import TyperGroup
 
 from emstream.errors import EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
-from emstream.printable import PrintableFormatter, printable, printable_lines
+from emstream.printable import JsonFormatter, PrintableFormatter, printable, printable_lines
 
 if TYPE_CHECKING:
     from emstream.record import RecorderProcess
+    from emstream.serve import Settings
 
 
 class _Group(TyperGroup):
@@ -50,6 +51,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
+    context_settings={"auto_envvar_prefix": "EMSTREAM"},
     help="Denoise electron-microscope frames while the specimen is in the beam.",
 )
 
@@ -87,17 +89,61 @@ ViewPort = Annotated[int, typer.Option(help="Port of the live page; 0 picks a fr
 
 @app.callback()
 def _setup(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml", help="Options of the commands: a table for each, a key for each option."
+        ),
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every rejected frame.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
     to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    line = PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    to_stderr.setFormatter(JsonFormatter() if log_json else line)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[to_stderr])
     if version:
         import emstream
 
         typer.echo(emstream.__version__)
         raise typer.Exit
+    if config is not None:
+        from emstream.config import read
+
+        context.default_map = dict(read(config, context.command.commands))  # type: ignore[attr-defined]
+
+
+config_app = typer.Typer(cls=_Group, no_args_is_help=True, help="The configuration.")
+app.add_typer(config_app, name="config")
+
+
+@config_app.command()
+def check(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="Whose options.")] = "serve",
+    as_json: Json = False,
+) -> None:
+    """Every option of a command that is in force, and where it comes from: file, environment or default.
+
+    Example: **emstream --config /etc/emstream.toml config check**
+    """
+    from emstream.config import in_force
+
+    root = context.find_root()
+    commands = root.command.commands  # type: ignore[attr-defined]
+    if command not in commands:
+        raise ValueError(f"there is no command {command!r}; there are {', '.join(commands)}")
+    made = commands[command].make_context(command, [], parent=root)
+    options = in_force(made, root.params.get("config"))
+    if command == "serve":
+        _settings_of(**made.params)
+    report = {each.option: {"value": each.value, "from": each.source} for each in options}
+    if as_json:
+        typer.echo(json.dumps(report, default=str))
+        return
+    _print_report({each.option: f"{_text(each.value)}   ({each.source})" for each in options}, False)
 
 
 @app.command()
@@ -228,15 +274,15 @@ def serve(
     """
     from contextlib import ExitStack
 
-    from emstream.serve import Service, Settings
+    from emstream.serve import Service
     from emstream.serve import serve as run
 
-    settings = Settings(
+    settings = _settings_of(
         input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
         offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
-        max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
-        fallback=fallback, stall_limit_s=stall_limit_s, metrics=metrics, control=None if control == "none" else control,
+        max_frame_mib=max_frame_mib, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
+        fallback=fallback, stall_limit_s=stall_limit_s, metrics=metrics, control=control,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):
@@ -280,6 +326,20 @@ def serve(
         report["recording"] = recordings[0]
     _print_report(report, as_json)
     _check_recording(*recordings)
+
+
+def _settings_of(max_frame_mib: int, control: str, **options: Any) -> Settings:
+    """What `serve` runs, of its options; others are left out. Raises ValueError for those that make no sense."""
+    from dataclasses import fields
+
+    from emstream.serve import Settings
+
+    known = {field.name for field in fields(Settings)}
+    return Settings(
+        max_frame_bytes=max_frame_mib * 1024**2,
+        control=None if control == "none" else control,
+        **{name: value for name, value in options.items() if name in known},
+    )
 
 
 engine_app = typer.Typer(cls=_Group, no_args_is_help=True, help="The engine of a running service.")

@@ -55,13 +55,13 @@ def _value(path: Path, name: str, command: Any, option: Any, value: Any) -> Any:
     """`value` if it suits the option; numbers that are texts and the like are no harm, other types are."""
     where = f"{path}: [{name}] {option.name} = {value!r}"
     if isinstance(value, (dict, list)) or (isinstance(value, bool) and not option.is_flag):
-        raise ConfigError(f"{where}: one {option.type.name} is needed")
+        raise ConfigError(f"{where}: one value is needed")
     if option.is_flag and not isinstance(value, bool):
         raise ConfigError(f"{where}: true or false is needed")
     try:
-        option.type_cast_value(typer.Context(command), value)
+        option.process_value(typer.Context(command), value)
     except typer.BadParameter as error:
-        raise ConfigError(f"{where}: {error.message}") from None
+        raise ConfigError(f"{where}: {str(error.message).removeprefix('Value error, ')}") from None
     return value
 
 

@@ -1,0 +1,115 @@
+"""Flags over environment over file over defaults; what is in force is shown, what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from emstream.cli import app
+from emstream.printable import JsonFormatter
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "emstream.toml"
+    path.write_text(
+        '[serve]\ninput = "tcp://camera:5555"\nmax-batch = 4\nmax_wait_ms = 3\noverrun = "block"\nview = true\n'
+        '[record]\nsplit = "1GiB"\n'
+    )
+    return path
+
+
+def run(*arguments: Any, **environment: str) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)], env=environment)
+
+
+def checked(*arguments: Any, **environment: str) -> dict[str, Any]:
+    done = run(*arguments, "config", "check", "--json", **environment)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_each_value_says_where_it_comes_from(file: Path) -> None:
+    found = checked("--config", file, EMSTREAM_SERVE_MAX_BATCH="7", EMSTREAM_SERVE_ENGINE="x.onnx")
+    assert found["input"] == {"value": "tcp://camera:5555", "from": str(file)}
+    assert found["max_batch"] == {"value": 7, "from": "environment: EMSTREAM_SERVE_MAX_BATCH"}
+    assert found["engine"] == {"value": "x.onnx", "from": "environment: EMSTREAM_SERVE_ENGINE"}
+    assert found["max_wait_ms"] == {"value": 3.0, "from": str(file)}
+    assert found["overrun"] == {"value": "block", "from": str(file)}
+    assert found["view"] == {"value": True, "from": str(file)}
+    assert found["output"] == {"value": "tcp://127.0.0.1:5556", "from": "default"}
+
+
+def test_file_may_be_named_by_the_environment(file: Path) -> None:
+    assert checked(EMSTREAM_CONFIG=str(file))["input"]["value"] == "tcp://camera:5555"
+
+
+def test_other_commands_are_checked_too(file: Path) -> None:
+    done = run("--config", file, "config", "check", "record", "--json")
+    # OUT.h5 is missing: what must be given is asked for
+    assert done.exit_code == 2
+    done = run("--config", file, "config", "check", "status", "--json")
+    assert done.exit_code == 0, done.output
+    done = run("config", "check", "nothing")
+    assert done.exit_code == 2
+    assert "there is no command 'nothing'; there are" in done.output
+
+
+def test_people_get_a_table(file: Path) -> None:
+    done = run("--config", file, "config", "check")
+    assert done.exit_code == 0
+    assert "tcp://camera:5555" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[serve]\nmax_bacth = 4\n", r"[serve] has no option 'max_bacth'; did you mean max_batch?"),
+        ("[server]\n", r"[server] is no command; did you mean serve?"),
+        ("serve = 4\n", r"[serve] is no command"),
+        ('[serve]\nmax_batch = "many"\n', r"[serve] max_batch = 'many': "),
+        ("[serve]\nmax_batch = [1]\n", r"[serve] max_batch = [1]: one value"),
+        ("[serve]\nmax_batch = true\n", r"[serve] max_batch = True: one value"),
+        ("[serve]\nview = 1\n", r"[serve] view = 1: true or false is needed"),
+        ('[serve]\noverrun = "never"\n', r"[serve] overrun = 'never': 'never' is not one of"),
+        ("[serve\n", "is not TOML: "),
+        ("\xff", "is not TOML: "),
+    ],
+)
+def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, error: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text.encode("latin-1"))
+    done = run("--config", path, "config", "check")
+    assert done.exit_code == 1
+    assert f"{path}" in done.output.replace("\n", "")
+    assert error in done.output
+
+
+def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = run("--config", tmp_path / "none.toml", "config", "check")
+    assert done.exit_code == 1
+    assert "none.toml: No such file or directory" in done.output
+
+
+def test_values_that_make_no_sense_are_found_by_the_check(file: Path) -> None:
+    done = run("--config", file, "config", "check", EMSTREAM_SERVE_FRAMES="-1")
+    assert done.exit_code == 2
+    assert "frames must be at least 1, got -1" in done.output
+
+
+def test_log_lines_are_json_on_request() -> None:
+    record = logging.LogRecord("emstream.x", logging.WARNING, "f", 1, 'a "quote"\nand %d', (5,), None)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    assert json.loads(line) | {"time": ""} == {
+        "time": "",
+        "level": "WARNING",
+        "logger": "emstream.x",
+        "message": 'a "quote"\nand 5',
+    }
