@@ -24,7 +24,7 @@ from emstream.intake import Overrun
 from emstream.printable import PrintableFormatter, printable, printable_lines
 
 if TYPE_CHECKING:
-    from emstream.record import RecorderProcess
+    from emstream.record_process import RecorderProcess
 
 
 class _Group(TyperGroup):
@@ -224,26 +224,31 @@ def serve(
         def ready(service: Service) -> None:
             log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
             log.info("engine %s on %s", service.engine.name, service.engine.device)
-            if view:
-                from emstream.view import ViewProcess
-
-                page = ViewProcess(service.publisher.endpoint, view_host, view_port, view_token)
-                page.start()
-                stack.callback(page.stop)
-                log.info("live page: %s", page.url)
+            recorder: RecorderProcess | None = None
             if record is not None:
-                from emstream.record import RecorderProcess, RecordSettings
+                from emstream.record import RecordSettings
+                from emstream.record_process import RecorderProcess
 
                 recorder = RecorderProcess(
                     RecordSettings(
                         input=service.publisher.endpoint, output=record, look_back_s=look_back,
                         split_bytes=_size(split, "split"),
-                    )
+                    ),
+                    on_status=service.pipeline.note_recording,
                 )  # fmt: skip
                 recorder.wait_until_it_listens(service.publisher)
                 stack.callback(lambda: recordings.append(_finished(recorder)))
-                if look_back:
-                    stack.enter_context(_begin_on_signal(recorder.begin))
+                stack.enter_context(_begin_on_signal(recorder.begin))
+            if view:
+                from emstream.view import ViewProcess
+
+                page = ViewProcess(
+                    service.publisher.endpoint, view_host, view_port, view_token,
+                    on_record=recorder.tell if recorder else None,
+                )  # fmt: skip
+                page.start()
+                stack.callback(page.stop)
+                log.info("live page: %s", page.url)
 
         report = run(settings, on_ready=ready)
     if recordings:

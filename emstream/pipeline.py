@@ -70,7 +70,8 @@ class Pipeline:
         self._frames = frames
         self._drain_s = drain_s
         self._drain_until_ns: int | None = None
-        self._submitted: SimpleQueue[tuple[Any, Slot | SeriesMark] | None] = SimpleQueue()
+        self._submitted: SimpleQueue[tuple[Any, Slot | SeriesMark | None] | None] = SimpleQueue()
+        self._recording: dict[str, Any] | None = None
         self._in_engine = 0
         self._room = threading.Condition()
         self._stopping = threading.Event()
@@ -85,6 +86,11 @@ class Pipeline:
         if self._stopping.is_set():
             self._abort()
         self._stopping.set()
+
+    def note_recording(self, status: dict[str, Any]) -> None:
+        """Say from now on, and at once, how the recorder beside this service fares. Any thread may call it."""
+        self._recording = status
+        self._submitted.put((None, None))
 
     def run(self) -> None:
         """Run to the end. Raises EmstreamError when a thread died before its time."""
@@ -170,7 +176,9 @@ class Pipeline:
                     self._publisher.stats(self.report())
                     return
                 ticket, item = submitted
-                if isinstance(item, SeriesMark):
+                if item is None:
+                    next_stats_ns = 0
+                elif isinstance(item, SeriesMark):
                     self._publisher.mark(item)
                 elif self._collect(ticket, item):
                     self._publish_slot(item)
@@ -256,12 +264,14 @@ class Pipeline:
             self._abort()
 
     def report(self) -> dict[str, Any]:
-        """Ledger, latencies [ms] and rate, as ``--json`` prints them."""
+        """Ledger, latencies [ms] and rate, as ``--json`` prints them; with a recorder, how it fares."""
         rate = self.frames_per_s
+        recording = {} if self._recording is None else {"recording": self._recording}
         return {
             "ledger": self._ledger.snapshot(),
             "latency_ms": self._ledger.latency_ms(),
             "frames_per_s": None if rate is None else round(rate, 3),
             "rejected_because": self._ledger.reasons(),
             "engine": self._engine.identity,
+            **recording,
         }

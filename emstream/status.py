@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emstream import wire
+from emstream import recorded, wire
 from emstream.errors import MalformedFrame, SourceError
 from emstream.printable import printable
 from emstream.publish import STATS
@@ -43,7 +43,8 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
     """Yield the service's figures as they come, once a second, and again with state ``silent`` when none do.
 
     From the second on they have ``frames_per_s`` of the time between. Keys: ``state`` (live, quiet,
-    waiting, silent), ``input``, ``alarms``, ``newest``, ``frames_per_s``, ``ledger``, ``latency_ms``, ``engine``.
+    waiting, silent), ``input``, ``alarms``, ``newest``, ``frames_per_s``, ``ledger``, ``latency_ms``, ``engine``,
+    and ``recording`` (`recorded.recording_of`), None without a recorder beside the service.
     """
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     socket.linger = 0
@@ -120,6 +121,8 @@ def panel(status: dict[str, Any]) -> RenderableType:
         + " ms (p50)",
     )
     table.add_row("ledger", _ledger(status["ledger"]))
+    if recording := status.get("recording"):
+        table.add_row("recording", _recording(recording))
     name = f"{engine.get('name', '-')} {str(engine.get('sha256', ''))[:8]}"
     table.add_row("engine", Text(f"{name}   {engine.get('device', '')}"))
     return table
@@ -156,6 +159,8 @@ def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> 
     alarms = [f"{ledger[name]} {name}" for name in FAULTS if ledger.get(name)]
     if newest.get("in_domain") is False:
         alarms.append("dose outside the engine's range")
+    recording = recorded.recording_of(message)
+    alarms += recording["faults"] if recording else []
     engine = message.get("engine")
     return {
         "state": "waiting" if "frame" not in newest else "quiet" if is_quiet else "live",
@@ -170,6 +175,7 @@ def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> 
             for key in ("name", "sha256", "device")
             if isinstance(engine, dict) and isinstance(engine.get(key), str)
         },
+        "recording": recording,
     }
 
 
@@ -214,6 +220,20 @@ def _ledger(ledger: dict[str, int]) -> Text:
         text.append(
             f"{name.replace('_', ' ')} {_grouped(ledger.get(name))}", style="bold red" if wrong else ""
         )
+    return text
+
+
+def _recording(recording: dict[str, Any]) -> Text:
+    state, frames = recording["state"], recording["frames"]
+    text = Text(state, style="bold red" if recording["faults"] else "")
+    if state == "looking back":
+        text.append(f"   the last {recording.get('look_back_s', 0):.0f} s")
+    if frames.get("raw"):
+        text.append(f"   {_grouped(frames['raw'])} raw  {_grouped(frames.get('denoised'))} denoised")
+    if (seconds := recording.get("disk_s")) is not None:
+        text.append(f"   disk for {recorded.duration(seconds)}")
+    if "path" in recording:
+        text.append(f"   {recording['path']}")
     return text
 
 

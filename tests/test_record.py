@@ -19,7 +19,8 @@ from emstream import wire
 from emstream.errors import OutputError, SourceError
 from emstream.frame import Frame
 from emstream.intake import Overrun
-from emstream.record import Recorder, RecorderProcess, RecordSettings
+from emstream.record import Recorder, RecordSettings
+from emstream.record_process import RecorderProcess
 from emstream.recording import Recording, disk
 from emstream.recording.writer import RecordingFile
 from tests.conftest import Rig, exact, message
@@ -514,29 +515,6 @@ def test_recorder_that_comes_in_between_a_pair_misses_nothing() -> None:
 def test_service_that_begins_again_is_no_loss() -> None:
     again = [(topic, n) for n in (7, 8, 0, 1) for topic in ("raw", "denoised")]
     assert heard(again) == {"raw": 0, "denoised": 0}
-
-
-def test_recorder_that_dies_beside_a_service_is_reported_at_once_and_again(
-    rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(module, "_REPEAT_S", 0.01)
-    service = rig({"overrun": Overrun.block})
-    publisher = service.service.publisher
-    recorder = RecorderProcess(RecordSettings(input=publisher.endpoint, output=tmp_path / "r.h5"))
-    recorder.wait_until_it_listens(publisher)
-    service.start()
-    recorder._process.kill()
-    wait(lambda: caplog.text.count("r.h5 any more") > 1)
-    with pytest.raises(OutputError, match=r"r\.h5: the recorder ended without a report"):
-        recorder.finish()
-
-
-def test_service_refuses_a_recording_that_has_no_room_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES - 1)
-    with pytest.raises(OutputError, match="has 64 MiB free"):
-        RecorderProcess(RecordSettings(input="ipc:///nowhere", output=tmp_path / "r.h5"))
 
 
 # -- wrong use --------------------------------------------------------------------------

@@ -47,6 +47,11 @@ def is_low(folder: Path, bytes_per_s: float) -> bool:
     return free_bytes(folder) < RESERVE_BYTES + LOW_S * bytes_per_s
 
 
+def seconds_left(free: int, bytes_per_s: float) -> int | None:
+    """How long a recording may go on with `free` bytes [s]; None when nothing comes."""
+    return max(0, int((free - RESERVE_BYTES) / bytes_per_s)) if bytes_per_s > 1 else None
+
+
 def bytes_of(text: str, what: str) -> int:
     """``10GiB``, ``500MB`` or plain bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
