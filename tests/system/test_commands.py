@@ -18,7 +18,9 @@ import tifffile
 import zmq
 
 from emstream import wire
+from emstream.recording import Recording
 from tests.conftest import exact, message
+from tests.digital_micrograph import write_dm
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +175,27 @@ def test_denoise_takes_any_size_and_type(tmp_path: Path, shape: tuple[int, ...],
     assert clean.shape == shape
     assert clean.dtype == np.float32
     assert 0.2 < clean.mean() < 0.8
+
+
+@pytest.mark.parametrize(("suffix", "version"), [(".dm3", 3), (".dm4", 4)])
+def test_movie_of_digital_micrograph_is_denoised_and_replayed(
+    tmp_path: Path, suffix: str, version: int
+) -> None:
+    pytest.importorskip("rsciio", reason="needs rosettasciio: pip install 'emstream[files]'")
+    movie = np.random.default_rng(0).poisson(2.0, (6, 32, 48)).astype(np.uint16)
+    path = tmp_path / f"m{suffix}"
+    write_dm(path, movie, version)
+    done = emstream("denoise", path, tmp_path / "out.tif", "--engine", "identity", "--json")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), movie)
+    done = emstream("serve", "--input", f"file://{path}?rate=50", "--engine", "identity", "--output",
+                    f"ipc://{tmp_path}/out", "--overrun", "block", "--record", tmp_path / "r.h5", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ledger"]["published"] == 6
+    with Recording(tmp_path / "r.h5") as recording:
+        for n in range(6):
+            np.testing.assert_array_equal(recording.raw[n], movie[n])
+            assert recording.raw.header(n)["pixel_size_m"] == pytest.approx(5e-11)
 
 
 def test_denoise_warns_about_adu(tmp_path: Path) -> None:
