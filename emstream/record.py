@@ -23,6 +23,7 @@ import re
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -51,6 +52,7 @@ _QUEUE_MESSAGES = 256
 _STATUS_S = 1.0
 _NEWS_S = 0.1
 _LAST_DENOISED_S = 5.0
+_MOST_UNHEARD = 10_000  # times that are remembered while it looks back
 _RATE_FALLS = 0.8  # in a second at most
 
 STOPPED, COUNTED, SERIES_ENDED, DISK_LOW = "stopped", "frames counted", "series ended", "disk low"
@@ -279,6 +281,8 @@ class Recorder:
             if time.monotonic() >= next_status_s:
                 next_status_s += _STATUS_S
                 self._rate()
+                if not self._begun.is_set():
+                    self._heard.forget(self._backlog.since_ns)
                 self._warn()
             self._tell(on_status)
         self._finish(socket)
@@ -391,7 +395,7 @@ class Recorder:
                 "the recording loses frames: lost to a slow disk %s, unheard %s",
                 _both(self._lost()), _both(self._heard.unheard),
             )  # fmt: skip
-            self._warned_lost = lost
+        self._warned_lost = lost
 
     def _lost(self) -> dict[str, int]:
         return {topic: self._backlog.lost[topic] + self._unwritten[topic] for topic in self._recorded}
@@ -537,6 +541,7 @@ class _Heard:
         self.raw = 0
         self.last_raw_ns = 0
         self.unheard = {"raw": 0, "denoised": 0}
+        self._unheard: deque[tuple[int, int, int]] = deque(maxlen=_MOST_UNHEARD)
         self.ledger: dict[str, int] = {}
         self.engine: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
@@ -566,11 +571,23 @@ class _Heard:
         if published is not None:
             if self._published is not None and published > self._published:
                 due = published - self._published
-                self.unheard["denoised"] += due - 1
-                self.unheard["raw"] += max(0, due - self._raw_since)
+                self._note_unheard(max(0, due - self._raw_since), due - 1)
             self._published = published
         self._raw_since = 0
         return True
+
+    def _note_unheard(self, raw: int, denoised: int) -> None:
+        if raw or denoised:
+            self.unheard["raw"] += raw
+            self.unheard["denoised"] += denoised
+            self._unheard.append((now_ns(), raw, denoised))
+
+    def forget(self, before_ns: int | None) -> None:
+        """What was not heard before the look-back begins is no loss. None: nothing is kept."""
+        while self._unheard and (before_ns is None or self._unheard[0][0] < before_ns):
+            _, raw, denoised = self._unheard.popleft()
+            self.unheard["raw"] -= raw
+            self.unheard["denoised"] -= denoised
 
     def stats(self, message: dict[str, Any]) -> None:
         self._note_ledger(message.get("ledger"))

@@ -508,6 +508,64 @@ def test_frames_published_but_never_heard_are_counted() -> None:
     assert heard([each for each in both if each != ("denoised", 4)]) == {"raw": 0, "denoised": 1}
 
 
+def test_frames_never_heard_before_the_look_back_begins_are_no_loss() -> None:
+    ears = module._Heard()
+    for n in (0, 4, 9):
+        ears.receive_raw(frame(raw(n)))
+        ears.receive_denoised(frame(denoised(n)))
+    assert ears.unheard == {"raw": 7, "denoised": 7}
+    (first_ns, *_), (second_ns, *_) = ears._unheard
+    ears.forget(first_ns)
+    assert ears.unheard == {"raw": 7, "denoised": 7}
+    ears.forget(second_ns)
+    assert ears.unheard == {"raw": 4, "denoised": 4}
+    ears.forget(None)
+    assert ears.unheard == {"raw": 0, "denoised": 0}
+
+
+def test_look_back_forgets_what_was_not_heard_before_it(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STATUS_S", 0.05)
+    run = start(output=tmp_path / "r.h5", look_back_s=0.2)
+    run.send(range(3))
+    run.heard(3)
+    run.recorder._heard._published -= 5  # as if five pairs had never come
+    run.send([3])
+    run.heard(4)
+    wait(lambda: sum(run.recorder.status()["unheard"].values()) > 0)
+    number = 4
+
+    def forgotten() -> bool:
+        nonlocal number
+        run.send([number])
+        number += 1
+        return not any(run.recorder.status()["unheard"].values())
+
+    wait(forgotten)
+    run.recorder.begin()
+    run.heard(number)
+    report = run.end()
+    assert report["unheard"] == {"raw": 0, "denoised": 0}
+    assert report["frames"]["raw"] > 0
+
+
+def test_folder_that_vanishes_ends_the_recording_with_a_word(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(folder: Path) -> None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    run = start(output=tmp_path / "r.h5")
+    run.send(range(3))
+    wait(lambda: run.frames["denoised"] == 3)
+    monkeypatch.setattr(disk.shutil, "disk_usage", gone)
+    with pytest.raises(OutputError, match="cannot be written any more: No such file"):
+        run.join()
+    with Recording(tmp_path / "r.h5") as recording:
+        assert len(recording.raw) == 3
+
+
 def test_recorder_that_comes_in_between_a_pair_misses_nothing() -> None:
     assert heard([("denoised", 3), ("raw", 4), ("denoised", 4)]) == {"raw": 0, "denoised": 0}
 

@@ -109,6 +109,13 @@ class Backlog:
             return self._closed and (not self._open or self._oldest() is None)
 
     @property
+    def since_ns(self) -> int | None:
+        """When the oldest entry arrived; None without any."""
+        with self._changed:
+            topic = self._oldest()
+            return self._queues[topic][0][1].arrived_ns if topic else None
+
+    @property
     def span_s(self) -> float:
         """From the oldest entry to the newest [s]."""
         with self._changed:

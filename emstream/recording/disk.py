@@ -17,8 +17,11 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4,
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written there."""
-    return shutil.disk_usage(folder).free
+    """What may still be written there. Raises OutputError where nobody can tell."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written any more: {error.strerror}") from None
 
 
 def check_writable(folder: Path) -> None:
