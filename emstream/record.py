@@ -96,7 +96,7 @@ class RecordSettings:
 
     def path(self) -> Path:
         """The first file. Raises OutputError where there can be none."""
-        path, now = self.output, f"{datetime.now():%Y%m%d-%H%M%S}"
+        path, now = self.output.absolute(), f"{datetime.now():%Y%m%d-%H%M%S}"
         if path.is_dir():
             path = path / f"emstream-{now}.h5"
         elif self.dated:

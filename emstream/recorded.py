@@ -37,7 +37,7 @@ def recording_of(message: dict[str, Any]) -> dict[str, Any] | None:
 def _faults(recording: dict[str, Any]) -> list[str]:
     faults = [
         f"{n:,} {track} not recorded: {word}"
-        for key, word in (("lost", "slow disk"), ("unheard", "never heard"))
+        for key, word in (("lost", "no room or slow disk"), ("unheard", "never heard"))
         for track, n in recording[key].items()
         if n
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -550,6 +551,17 @@ def test_look_back_forgets_what_was_not_heard_before_it(
     assert report["frames"]["raw"] > 0
 
 
+def test_look_back_that_nobody_asked_for_is_not_lost(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(output=tmp_path / "r.h5", look_back_s=1000.0)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
+    run.send(range(5))
+    with pytest.raises(OutputError, match="make room"):
+        run.join()
+    assert run.recorder._lost() == {"raw": 0, "denoised": 0}
+
+
 def test_folder_that_vanishes_ends_the_recording_with_a_word(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,6 +614,13 @@ def test_folder_that_takes_no_files_is_refused_at_once(
     monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", refuse)
     with pytest.raises(OutputError, match=r"nothing can be written in .*: Read-only file system; let this"):
         recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
+
+
+def test_path_is_whole_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RecordSettings(input="ipc:///x", output=Path("r.h5")).path() == tmp_path / "r.h5"
+    with pytest.raises(OutputError, match=re.escape(f"there is no folder {tmp_path}/nowhere")):
+        RecordSettings(input="ipc:///x", output=Path("nowhere/r.h5")).path()
 
 
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:

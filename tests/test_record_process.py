@@ -182,7 +182,7 @@ def test_losses_are_faults_in_words() -> None:
     found = recording_of({"recording": said})
     assert found is not None
     assert found["faults"] == [
-        "1,200 denoised not recorded: slow disk",
+        "1,200 denoised not recorded: no room or slow disk",
         "2 raw not recorded: never heard",
     ]
 

@@ -56,13 +56,16 @@ export class Recording {
 
   // Why the button does nothing; empty when it does.
   #obstacle() {
-    const { state, recording, can_record: can, serving } = this.#latest;
+    const { state, recording, can_record: can, serving, input } = this.#latest;
+    const program = `meanwhile, in a terminal: emstream record --input ${input} FILE.h5`;
     if (state === undefined || state === "offline") return "Not connected";
     if (!serving) return "emstream serve is silent; nothing can be recorded";
-    if (!recording) return "No recorder: start emstream serve with --record FOLDER --look-back 10";
+    if (!recording) return `No recorder: start emstream serve with --record FOLDER --look-back 10, or ${program}`;
     if (!can) return "This page cannot tell the recorder; that of emstream serve --view --record can";
     if (recording.state === "silent") return "The recorder is silent";
-    if (["ended", "failed"].includes(recording.state)) return `${recording.faults.at(-1)}; start emstream serve again`;
+    if (["ended", "failed"].includes(recording.state)) {
+      return `${recording.faults.at(-1)}; start emstream serve again, or ${program}`;
+    }
     return "";
   }
 
