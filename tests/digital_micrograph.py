@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 _UINT16, _INT32, _UINT32, _FLOAT32, _ARRAY = 4, 3, 5, 6, 20
-# Of an image: a code for its pixels in the tag DataType, that of its values, bytes.
-_PIXELS = {"uint16": (10, _UINT16, 2), "float32": (2, _FLOAT32, 4), "rgb": (23, _INT32, 4)}
+# The tag DataType of an image, and its bytes per pixel; int32 is colours: blue, green, red, alpha.
+_PIXELS = {"uint16": (10, 2), "float32": (2, 4), "int32": (23, 4)}
 
 
 def write_dm(path: Path, movie: np.ndarray, version: int = 4, pixel_size_nm: float = 0.05) -> None:
-    """A movie (N, H, W) or an image (H, W), uint16 or float32, behind its thumbnail, as the microscope saves it."""
+    """A movie (N, H, W) or an image (H, W), uint16, float32 or colours, behind its thumbnail, as the microscope saves it."""
     lengths = movie.shape[::-1]
     axes: list[dict[str, Any]] = [{"Origin": 0.0, "Scale": pixel_size_nm, "Units": "nm"} for _ in range(2)]
     axes += [{"Origin": 0.0, "Scale": 0.025, "Units": "s"} for _ in lengths[2:]]
@@ -32,8 +32,8 @@ def write_dm(path: Path, movie: np.ndarray, version: int = 4, pixel_size_nm: flo
     tags = {
         "DocumentTags": {},
         "ImageList": [
-            {"ImageData": _image(thumbnail, "rgb", []), "Name": "thumbnail"},
-            {"ImageData": _image(movie, movie.dtype.name, axes), "ImageTags": {}, "Name": "movie"},
+            {"ImageData": _image(thumbnail, []), "Name": "thumbnail"},
+            {"ImageData": _image(movie, axes), "ImageTags": {}, "Name": "movie"},
         ],
         "Thumbnails": [{"ImageIndex": np.uint32(0)}],
     }
@@ -41,8 +41,8 @@ def write_dm(path: Path, movie: np.ndarray, version: int = 4, pixel_size_nm: flo
     path.write_bytes(struct.pack(f">i{_word(version)}i", version, len(body), 1) + body + bytes(8))
 
 
-def _image(pixels: np.ndarray, kind: str, axes: list[dict[str, Any]]) -> dict[str, Any]:
-    code, _, nbytes = _PIXELS[kind]
+def _image(pixels: np.ndarray, axes: list[dict[str, Any]]) -> dict[str, Any]:
+    code, nbytes = _PIXELS[pixels.dtype.name]
     return {
         "Calibrations": {"Brightness": {"Origin": 0.0, "Scale": 1.0, "Units": ""}, "Dimension": axes},
         "Data": pixels.ravel(),

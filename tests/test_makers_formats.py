@@ -181,6 +181,13 @@ def test_rubbish_is_explained_by_the_optional_readers_too(tmp_path: Path, suffix
         open_movie(path)
 
 
+def test_colour_micrograph_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("rsciio", reason=NEEDS_ROSETTA)
+    write_dm(tmp_path / "m.dm4", np.zeros((24, 32), np.int32))
+    with pytest.raises(FileFormatError, match=r"m\.dm4 holds colour images; emstream takes"):
+        open_movie(tmp_path / "m.dm4")
+
+
 def test_optional_reader_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rosetta, "find_spec", lambda name: None)
     (tmp_path / "m.dm4").touch()

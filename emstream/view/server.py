@@ -369,9 +369,10 @@ def _listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise OutputError(
                 f"cannot serve the live page on {where}: the port is in use; "
-                "stop the other program or choose another one with --port (0 picks a free one)"
+                "stop the other program or choose another one with --port, or --view-port beside a service "
+                "(0 picks a free one)"
             ) from None
         raise OutputError(
             f"cannot serve the live page on {where}: {error.strerror}; "
-            "--host takes a name or an address of this machine"
+            "--host, or --view-host beside a service, takes a name or an address of this machine"
         ) from None
