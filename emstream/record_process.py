@@ -144,7 +144,7 @@ class RecorderProcess:
             while not self._pipe.poll(within_s or _SILENT_S):
                 if within_s:
                     raise OutputError(f"the recorder said nothing for {within_s:.0f} s")
-                self._note(state="silent", why=f"nothing heard from the recorder for {_SILENT_S:.0f} s")
+                self._note(state="silent", why=f"nothing heard from it for {_SILENT_S:.0f} s")
             said = self._pipe.recv()
         except (EOFError, OSError):
             raise OutputError(

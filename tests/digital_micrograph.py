@@ -24,7 +24,7 @@ _PIXELS = {"uint16": (10, 2), "float32": (2, 4), "int32": (23, 4)}
 
 
 def write_dm(path: Path, movie: np.ndarray, version: int = 4, pixel_size_nm: float = 0.05) -> None:
-    """A movie (N, H, W) or an image (H, W), uint16, float32 or colours, behind its thumbnail, as the microscope saves it."""
+    """A movie (N, H, W) or an image (H, W) behind its thumbnail, as the microscope saves it."""
     lengths = movie.shape[::-1]
     axes: list[dict[str, Any]] = [{"Origin": 0.0, "Scale": pixel_size_nm, "Units": "nm"} for _ in range(2)]
     axes += [{"Origin": 0.0, "Scale": 0.025, "Units": "s"} for _ in lengths[2:]]

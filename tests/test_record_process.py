@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,37 @@ def test_recorder_that_dies_is_an_alarm_for_whoever_looks(
     wait(lambda: caplog.text.count("any more") > 1)
     with pytest.raises(OutputError, match="the recorder ended without a report"):
         run.recorder.finish()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_recorder_that_hangs_is_said_to_be_silent_until_it_goes_on(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_process, "_SILENT_S", 2.0)
+    run = beside(look_back_s=1000.0)
+    run.send(2)
+    wait(lambda: run.is_("looking back"))
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    wait(lambda: run.is_("silent"))
+    said = recording_of({"recording": run.recorder.status()})
+    assert said
+    assert said["faults"] == ["the recorder is silent: nothing heard from it for 2 s"]
+    os.kill(pid, signal.SIGCONT)
+    wait(lambda: run.is_("looking back"))
+    run.recorder.begin()
+    run.records(2)
+
+
+def test_word_to_a_dead_recorder_is_no_error(
+    beside: Callable[..., Beside],
+) -> None:
+    run = beside(look_back_s=1000.0)
+    run.recorder._process.kill()
+    wait(lambda: run.is_("failed"))
+    run.recorder.tell("begin")  # to nobody
+    assert run.is_("failed")
 
 
 def test_service_refuses_a_recording_that_has_no_room_at_all(
