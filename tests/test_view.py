@@ -682,6 +682,23 @@ def test_viewer_of_a_page_without_a_recorder_is_refused_to_record(camera: Camera
         assert connection.close_reason == "this page has no recorder to tell"
 
 
+def test_page_that_dies_is_told_with_what_replaces_it(
+    camera: Camera, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ViewProcess(camera.output, port=0) as page:
+        assert page._listening
+        page._process.kill()
+        page._listening.join(timeout=DEADLINE_S)
+        assert (
+            f"the live page has ended, the service goes on; another one: emstream view --input {camera.output}"
+            in (caplog.text)
+        )
+    caplog.clear()
+    with ViewProcess(camera.output, port=0):
+        pass
+    assert not caplog.text
+
+
 def test_process_of_the_page_says_why_it_cannot_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         page = ViewProcess(f"ipc://{tmp_path}/nobody", port=taken.getsockname()[1])

@@ -33,7 +33,8 @@ class ViewProcess:
         token: str | None = None,
         on_record: Callable[[str], None] | None = None,
     ) -> None:
-        self._on_record = on_record
+        self._input_endpoint, self._on_record = input_endpoint, on_record
+        self._stopping = False
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
@@ -64,6 +65,7 @@ class ViewProcess:
         self._listening.start()
 
     def stop(self) -> None:
+        self._stopping = True
         with contextlib.suppress(OSError):
             self._pipe.send("stop")
         self._process.join(timeout=5)
@@ -81,6 +83,11 @@ class ViewProcess:
                 log.info("a viewer tells the recorder: %s", word)
                 if self._on_record:
                     self._on_record(word)
+        if not self._stopping:
+            log.error(
+                "the live page has ended, the service goes on; another one: emstream view --input %s",
+                self._input_endpoint,
+            )
 
     def __enter__(self) -> ViewProcess:
         self.start()
