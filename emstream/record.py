@@ -61,7 +61,7 @@ FAILURES = (DISK_LOW, WRITE_ERROR)
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSettings:
-    """One recording. Each field is a flag of ``emstream record``."""
+    """One recording. Each field but `dated` is a flag of ``emstream record``."""
 
     input: str
     """What ``emstream serve`` publishes on."""

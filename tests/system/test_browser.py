@@ -768,6 +768,10 @@ def test_record_button_records_what_came_before_it_and_ends_when_pressed_twice(
         assert tab.evaluate("document.getElementById('record').getAttribute('aria-pressed')") == "true"
         tab.wait(RECORDED % 40)
         tab.wait("document.getElementById('recording').textContent.includes('disk for')")
+        for width, height in ((390, 844), (820, 1180), (SCREEN["width"], SCREEN["height"])):
+            tab.call("Emulation.setDeviceMetricsOverride", **SCREEN | {"width": width, "height": height})
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert tab.evaluate(CUT_OFF) == []
         tab.press("r")  # once is not enough
         assert tab.text("record-label") == "End?"
         tab.wait("document.getElementById('record-label').textContent === 'Recording'")
