@@ -97,6 +97,7 @@ class RecordSettings:
     def path(self) -> Path:
         """The first file. Raises OutputError where there can be none."""
         path, now = self.output.absolute(), f"{datetime.now():%Y%m%d-%H%M%S}"
+        is_named_here = path.is_dir() or self.dated
         if path.is_dir():
             path = path / f"emstream-{now}.h5"
         elif self.dated:
@@ -106,6 +107,10 @@ class RecordSettings:
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
         disk.check_writable(path.parent)
+        if is_named_here:  # and two of the same second are told apart
+            stems = (path.stem, *(f"{path.stem}_{n}" for n in range(2, 100)))
+            names = (path.with_stem(stem) for stem in stems)
+            path = next((name for name in names if not any(map(Path.exists, _parts(name)))), path)
         for each in _parts(path):
             if each.exists() and not self.overwrite:
                 raise OutputError(f"{each} exists already; choose another name or allow --overwrite")

@@ -79,7 +79,8 @@ class RecorderProcess:
     def status(self) -> dict[str, Any]:
         """What the recorder said last, see `Recorder.status`; lost and unheard are those of all its recordings.
 
-        Its state may be ``silent``, ``ended`` or ``failed``, too, and ``why`` then says more.
+        Its state may be ``silent``, ``ended`` (a recording failed, and it may be told to begin another one) or
+        ``failed`` (there is no recorder any more), too, and ``why`` then says more.
         """
         return self._status
 
@@ -116,13 +117,12 @@ class RecorderProcess:
             while not isinstance(said := self._hear(None), _Report):
                 self._note(**said)
             self._report = said.report
-            self._note(state="ended", why=said.report["ended"])
         except EmstreamError as error:
             self._report = error
             self._note(state="failed", why=str(error))
         self._answered.set()
         while not self._asked.is_set():
-            log.error("nothing is recorded to %s any more: %s", self._output, self._status["why"])
+            log.error("nothing is recorded to %s any more: %s", self._output, self._status.get("why"))
             self._asked.wait(_REPEAT_S)
 
     def _note(self, **status: Any) -> None:
@@ -169,35 +169,71 @@ class _Sessions:
         self._settings, self._pipe = settings, pipe
         self._recorder = Recorder(settings)
         self._changing = threading.Lock()
-        self._begins_next = self._finishing = False
+        self._ready = self._begins_next = self._finishing = False
+        self._told = threading.Event()
         self._reports: list[dict[str, Any]] = []
+        self._error: EmstreamError | None = None
+        self._why = ""
 
     def run(self, hello: bytes) -> dict[str, Any]:
-        """Record until told to finish, or until a recording fails; returns the report of all."""
+        """Record until told to finish; returns the report of all. Raises EmstreamError when there is nothing else."""
         threading.Thread(target=self._listen, daemon=True).start()
-        try:
-            self._reports.append(
-                self._recorder.run(self._say, hello=hello, on_ready=lambda: self._pipe.send("listening"))
-            )
-            while self._goes_on():
-                self._reports.append(self._recorder.run(self._say))
-        except EmstreamError as error:
-            if not self._reports:
-                raise
-            log.error("%s", error)
-            return _together(self._reports) | {"ended": "failed", "error": str(error)}
-        return _together(self._reports)
+        self._record(hello=hello, on_ready=self._say_ready)
+        while not self._finishing:
+            if self._why:
+                self._wait_to_be_told()
+            elif self._prepare():
+                self._record()
+        if self._error and not self._reports:
+            raise self._error
+        return _together(self._reports, self._error)
 
-    def _goes_on(self) -> bool:
-        """Whether there is another recorder to run: one that waits until it is told to begin."""
+    def _record(self, **options: Any) -> None:
+        """Run the recorder that there is to its end, good or bad."""
+        try:
+            report = self._recorder.run(self._say, **options)
+        except EmstreamError as error:
+            if not self._ready:
+                raise
+            self._fail(error)
+            return
+        self._reports.append(report)
+        if report["ended"] in FAILURES:
+            self._why = report["ended"]
+
+    def _fail(self, error: EmstreamError) -> None:
+        self._error = self._error or error
+        self._why = str(error)
+
+    def _prepare(self) -> bool:
+        """Have another recorder, one that waits until it is told to begin. False when that cannot be, or need not."""
         with self._changing:
-            if self._finishing or self._reports[-1]["ended"] in FAILURES:
+            if self._finishing:
                 return False
-            self._recorder = Recorder(replace(self._settings, dated=True), waits=True)
-            if self._begins_next:
+            begins, self._begins_next = self._begins_next, False
+            try:
+                self._recorder = Recorder(replace(self._settings, dated=True), waits=True)
+            except EmstreamError as error:
+                self._fail(error)
+                return False
+            if begins:
                 self._recorder.begin()
-            self._begins_next = False
             return True
+
+    def _wait_to_be_told(self) -> None:
+        """After a recording that failed: until there is room again, say, and somebody says begin."""
+        self._told.clear()
+        status = {"state": "ended", "why": self._why}
+        while not (self._begins_next or self._finishing):
+            log.error("nothing is recorded to %s any more: %s", self._settings.output, self._why)
+            with contextlib.suppress(OSError):
+                self._pipe.send(status)
+            self._told.wait(_REPEAT_S)
+        self._why = ""
+
+    def _say_ready(self) -> None:
+        self._ready = True
+        self._pipe.send("listening")
 
     def _say(self, status: dict[str, Any]) -> None:
         before = self._reports
@@ -213,10 +249,12 @@ class _Sessions:
             while (word := self._pipe.recv()) != "finish":
                 with self._changing:
                     self._obey(word)
+                self._told.set()
         with self._changing:
             self._finishing = True
             if not self._recorder.is_stopping:
                 self._recorder.stop(quiet_ms=_QUIET_MS)
+        self._told.set()
 
     def _obey(self, word: str) -> None:
         if self._recorder.is_stopping:
@@ -227,13 +265,16 @@ class _Sessions:
             self._recorder.stop()
 
 
-def _together(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several recordings: counts are sums, the rest is the last one's."""
+def _together(reports: list[dict[str, Any]], error: EmstreamError | None) -> dict[str, Any]:
+    """One report of several recordings: counts are sums, the rest is the last one's, or the first failure's."""
+    failed = [report["ended"] for report in reports if report["ended"] in FAILURES]
     return {
         **reports[-1],
         "files": [path for report in reports for path in report["files"]],
         **{name: _sums(reports, name) for name in ("frames", *_COUNTED)},
         **{name: sum(report[name] for report in reports) for name in ("missing", "bytes", "seconds")},
+        **({"ended": failed[0]} if failed else {}),
+        **({"ended": "failed", "error": str(error)} if error else {}),
     }
 
 

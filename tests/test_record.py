@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -621,6 +622,23 @@ def test_path_is_whole_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert RecordSettings(input="ipc:///x", output=Path("r.h5")).path() == tmp_path / "r.h5"
     with pytest.raises(OutputError, match=re.escape(f"there is no folder {tmp_path}/nowhere")):
         RecordSettings(input="ipc:///x", output=Path("nowhere/r.h5")).path()
+
+
+def test_recordings_of_the_same_second_get_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    settings = RecordSettings(input="ipc:///x", output=tmp_path)
+    for name in ("", "_2", "_3"):
+        assert settings.path() == tmp_path / f"emstream-20260102-030405{name}.h5"
+        settings.path().touch()
+    dated = RecordSettings(input="ipc:///x", output=tmp_path / "run.h5", dated=True)
+    assert dated.path().name == "run-20260102-030405.h5"
 
 
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,18 @@ def beside(rig: Any, tmp_path: Path) -> Iterator[Callable[..., Beside]]:
         each.recorder._process.kill()
         each.recorder._asked.set()
         each.recorder._end()
+
+
+@pytest.fixture
+def own_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 120 MiB."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def numbers(path: str) -> list[int]:
@@ -166,6 +180,39 @@ def test_recorder_that_dies_is_an_alarm_for_whoever_looks(
     wait(lambda: caplog.text.count("any more") > 1)
     with pytest.raises(OutputError, match="the recorder ended without a report"):
         run.recorder.finish()
+
+
+def test_recording_that_a_full_disk_ended_begins_again_when_told_once_there_is_room(
+    beside: Callable[..., Beside], own_disk: Path
+) -> None:
+    run = beside(own_disk)
+    run.send(3)
+    run.records(3)
+    heard = run.figures()
+    next(heard)
+    filling = own_disk / "others"
+    filling.write_bytes(bytes(disk.free_bytes(own_disk) - disk.RESERVE_BYTES + 1_000_000))
+    wait(lambda: run.is_("ended"))
+    for figures in heard:
+        if figures["alarms"]:
+            break
+    assert figures["alarms"] == ["recording ended: disk low"]
+    run.recorder.begin()  # there is no room yet
+    wait(lambda: "make room" in (run.recorder.status().get("why") or ""))
+    assert run.is_("ended")
+    filling.unlink()
+    run.recorder.begin()
+    wait(lambda: run.is_("recording"))
+    run.send(4)
+    run.records(4)
+    run.rig.stop()
+    report = run.recorder.finish()
+    assert report["ended"] == "failed"
+    assert "make room" in report["error"]
+    first, second = report["files"]
+    with Recording(first) as recording:
+        assert (recording.ended, len(recording.raw)) == ("disk low", 3)
+    assert numbers(second) == [3, 4, 5, 6]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")

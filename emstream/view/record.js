@@ -63,7 +63,7 @@ export class Recording {
     if (!recording) return `No recorder: start emstream serve with --record FOLDER --look-back 10, or ${program}`;
     if (!can) return "This page cannot tell the recorder; that of emstream serve --view --record can";
     if (recording.state === "silent") return "The recorder is silent";
-    if (["ended", "failed"].includes(recording.state)) {
+    if (recording.state === "failed") {
       return `${recording.faults.at(-1)}; start emstream serve again, or ${program}`;
     }
     return "";
@@ -88,7 +88,10 @@ export class Recording {
 
 const seconds = (number) => (number ?? 0).toFixed(0);
 
-const title = ({ look_back_s: past }) => (past ? `Record, with the last ${seconds(past)} s (R)` : "Record (R)");
+function title({ state, look_back_s: past, faults }) {
+  if (state === "ended") return `${faults.at(-1)}; press to record again (R)`;
+  return past && state === "looking back" ? `Record, with the last ${seconds(past)} s (R)` : "Record (R)";
+}
 
 function text({ state, frames, disk_s: left, look_back_s: past }) {
   const said = [];

@@ -6,6 +6,7 @@ import base64
 import http.client
 import itertools
 import json
+import queue
 import re
 import shutil
 import subprocess
@@ -814,6 +815,27 @@ def test_recorder_that_dies_is_marked_in_red_and_the_button_says_why_it_does_not
         assert "start emstream serve again" in tab.text("message")
         assert tab.evaluate("document.getElementById('record').getAttribute('aria-disabled')") == "true"
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert not tab.complaints
+
+
+def test_recording_that_ended_by_itself_is_marked_in_red_and_the_button_begins_again(
+    tab: Tab, rig: Callable[..., Rig]
+) -> None:
+    run = rig()
+    run.start()
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    run.service.pipeline.note_recording({"state": "ended", "why": "disk low"})
+    with ViewServer(run.service.publisher.endpoint, port=0, on_record=told.put) as view:
+        tab.open(view.url)
+        tab.wait("!document.getElementById('mark').hidden")
+        assert tab.text("mark").startswith("recording ended: disk low")
+        tab.press("r")
+        assert told.get(timeout=DEADLINE_S) == "begin"
+        button = "document.getElementById('record')"
+        assert tab.evaluate(f"{button}.title") == "recording ended: disk low; press to record again (R)"
+        run.service.pipeline.note_recording({"state": "recording", "lost": {"raw": 0, "denoised": 7}})
+        tab.wait(RECORD_IS % "recording")
+        tab.wait("document.getElementById('mark').textContent.startsWith('7 denoised not recorded')")
     assert not tab.complaints
 
 
