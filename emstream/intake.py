@@ -6,8 +6,8 @@ A source calls, for each message it gets::
     ...write row...
     intake.accept()                or intake.refuse(reason)
 
-and `malformed(reason)` for a message without a usable header, `mark(message)` for the
-start or end of a series. The overrun policy, the corrections (`emstream.corrections`) and the
+and `malformed(reason)` for a message without a usable header, `skip(header)` for a frame that
+the camera says it does not send, `mark(message)` for the start or end of a series. The overrun policy, the corrections (`emstream.corrections`) and the
 check that pixels are numbers live here, so that every source has them alike.
 """
 
@@ -137,6 +137,10 @@ class Intake:
         """A message came that never got as far as an offer."""
         self._ledger.receive()
         self._count_rejected(reason)
+
+    def skip(self, header: FrameHeader) -> None:
+        """The camera numbered this frame but does not send it: it was not received, it is missing."""
+        self._ledger.skip(header.source, header.series, header.frame)
 
     def mark(self, message: dict[str, Any]) -> None:
         """A series starts or ends, after all frames offered so far."""
