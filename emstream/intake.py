@@ -7,8 +7,9 @@ A source calls, for each message it gets::
     intake.accept()                or intake.refuse(reason)
 
 and `malformed(reason)` for a message without a usable header, `skip(header)` for a frame that
-the camera says it does not send, `mark(message)` for the start or end of a series. The overrun policy, the corrections (`emstream.corrections`) and the
-check that pixels are numbers live here, so that every source has them alike.
+the camera says it does not send, `mark(message)` for the start or end of a series. The overrun
+policy, the corrections (`emstream.corrections`) and the checks that a frame is no larger than
+allowed and its pixels are numbers live here, so that every source has them alike.
 """
 
 from __future__ import annotations

@@ -258,10 +258,12 @@ class Pipeline:
     def report(self) -> dict[str, Any]:
         """Ledger, latencies [ms] and rate, as ``--json`` prints them."""
         rate = self.frames_per_s
+        outputs = self._publisher.outputs
         return {
             "ledger": self._ledger.snapshot(),
             "latency_ms": self._ledger.latency_ms(),
             "frames_per_s": None if rate is None else round(rate, 3),
             "rejected_because": self._ledger.reasons(),
             "engine": self._engine.identity,
+            **({"outputs": outputs} if outputs else {}),
         }

@@ -133,7 +133,9 @@ def test_what_adzmq_adds_is_understood(rig: Any) -> None:
     run.camera.send_multipart(array_1_0(2, **adzmq | {"timeStamp": "soon"}))
     run.wait(lambda ledger: ledger["published"] == 3)
     (new, pixels), (old, same), (odd, _) = run.published()
-    assert new["timestamp_ns"] == pytest.approx(1_795_452_000_250_000_000, abs=1000, rel=0)  # 2026-11-23 16:40:00.25
+    assert new["timestamp_ns"] == pytest.approx(
+        1_795_452_000_250_000_000, abs=1000, rel=0
+    )  # 2026-11-23 16:40:00.25
     assert old["timestamp_ns"] == new["timestamp_ns"]
     assert "timestamp_ns" not in odd
     assert new["ndattr"] == old["ndattr"] == adzmq["ndattr"]
