@@ -23,7 +23,7 @@ import numpy as np
 
 from emstream.corrections import Corrections
 from emstream.errors import EngineError, MalformedFrame
-from emstream.frame import FrameHeader, now_ns
+from emstream.frame import PIXEL_TYPES, FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
@@ -148,6 +148,7 @@ class Intake:
         self._ring.mark(SeriesMark(message))
 
     def _reserve(self, header: FrameHeader) -> np.ndarray | None:
+        self._check(header)
         shape, dtype = self._corrections.shape_of(header.shape), self._corrections.type_of(header.dtype)
         row = self._ring.reserve(shape, dtype)
         if row is None and self._overrun is Overrun.drop_oldest and (lost := self._ring.evict()):
@@ -157,6 +158,19 @@ class Intake:
             self._ring.wait_free(timeout_s=0.1)
             row = self._ring.reserve(shape, dtype)
         return row
+
+    def _check(self, header: FrameHeader) -> None:
+        """Refuse a size or type that no frame has, whatever its source has looked at."""
+        if header.type not in PIXEL_TYPES:
+            raise MalformedFrame(f"type must be one of {', '.join(PIXEL_TYPES)}, got {header.type[:60]!r}")
+        height, width = header.shape
+        if height < 1 or width < 1:
+            raise MalformedFrame(f"shape must be [rows, columns] of one frame, got {height}x{width}")
+        if header.nbytes > self.max_frame_bytes:
+            raise MalformedFrame(
+                f"frame of {height}x{width} {header.type} is {header.nbytes} bytes, "
+                f"more than the limit of {self.max_frame_bytes}"
+            )
 
     def _take_header(self) -> FrameHeader:
         header, self._header = self._header, None

@@ -233,6 +233,34 @@ def test_push_without_anybody_to_take_it_skips_and_counts(rig: Any, tmp_path: Pa
     assert run.service.pipeline.report()["outputs"] == run.service.publisher.outputs
 
 
+@pytest.mark.parametrize(
+    ("query", "kind"),
+    [
+        ("format=array-1.0", zmq.SUB),
+        ("format=array-1.0&socket=push", zmq.PULL),
+        ("format=karabo-bridge", zmq.REQ),
+    ],
+)
+def test_client_that_never_reads_holds_nobody_up(context: Any, tmp_path: Path, query: str, kind: int) -> None:
+    output = Output(Order.of(f"ipc://{tmp_path}/out?{query}&queue=2"), 64, context)
+    lazy = context.socket(kind)
+    lazy.linger, lazy.rcvhwm = 0, 1
+    if kind == zmq.SUB:
+        lazy.subscribe(b"")
+    lazy.connect(output.endpoint)
+    if kind == zmq.REQ:
+        lazy.send(b"next")
+    until(output._sender.wants)
+    pixels = np.zeros((512, 512), np.float32)
+    header = map_of(FrameHeader(frame=0, shape=pixels.shape, type="float32"))
+    start_s = time.monotonic()
+    for _ in range(300):
+        output.send({"denoised": (header, pixels)})
+    assert time.monotonic() - start_s < 20
+    output.close(linger_s=0)
+    lazy.close()
+
+
 def psi_client(context: zmq.Context[Any], endpoint: str, kind: int, frames: int) -> Iterator[tuple[Any, Any]]:
     """A reader of array-1.0, from the convention's description alone."""
     socket = context.socket(kind)

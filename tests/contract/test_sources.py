@@ -23,6 +23,7 @@ from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.sources import open_source
+from tests import mycam
 from tests.conftest import message
 from tests.recordings import raw, record
 
@@ -141,10 +142,20 @@ def simulated(cameras: Cameras, frames: int) -> str:
     return f"sim://?rate=500&height={SHAPE[0]}&width={SHAPE[1]}&frames={frames}"
 
 
+def readme(cameras: Cameras, frames: int) -> str:
+    return mycam.url(mycam.Camera(cameras.background, [mycam.frame(n, picture(n)) for n in range(frames)]))
+
+
 SOURCES: dict[str, Callable[[Cameras, int], str]] = {
     "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "dectris": dectris_v2, "dectris1": dectris_v1,
-    "file": file, "recording": recording, "sim": simulated,
+    "file": file, "recording": recording, "sim": simulated, "mycam of the README": readme,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _camera_of_the_readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with mycam.installed(tmp_path_factory.mktemp("mycam")):
+        yield
 
 
 @pytest.fixture
