@@ -178,6 +178,10 @@ def serve(
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    offset_map: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A dark frame: ADU, pixel by pixel, on top of --offset."),
+    ] = None,
     gain_map: Annotated[
         Path | None, typer.Option(metavar="FILE", help="ADU per electron, pixel by pixel, on top of --gain.")
     ] = None,
@@ -219,8 +223,8 @@ def serve(
     settings = Settings(
         input=input, output=output or DEFAULT_OUTPUT, engine=engine, device=device,
         precision=precision, threads=threads,
-        max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
+        max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain, offset=offset,
+        offset_map=offset_map, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
         max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")

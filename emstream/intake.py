@@ -120,11 +120,13 @@ class Intake:
         if header.endianness != "little":
             written.byteswap(inplace=True)
             header.endianness = "little"
-        if written.dtype.kind == "f" and not _all_finite(written):
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._corrections.apply(written, row)
+        # Afterwards: bad pixels, which the mask takes away, may well be NaN.
+        if written.dtype.kind == "f" and not _all_finite(row):
             self._ring.cancel()
             self._count_rejected("pixels are not numbers (NaN or infinite)")
             return
-        self._corrections.apply(written, row)
         header = self._corrections.header(header)
         self._ring.commit(header, self._received_ns)
 

@@ -70,8 +70,10 @@ class Settings:
     """
     gain: float = 1.0
     offset: float = 0.0
+    offset_map: Path | None = None
+    """ADU without any electron, pixel by pixel, on top of `offset`; as the next three a file with one frame."""
     gain_map: Path | None = None
-    """ADU per electron, pixel by pixel, on top of `gain`; as the next two a file with one frame."""
+    """ADU per electron, pixel by pixel, on top of `gain`."""
     flat_field: Path | None = None
     """The camera's answer to even light, in any unit."""
     mask: Path | None = None
@@ -114,6 +116,7 @@ class Settings:
         return Corrections(
             gain=self.gain,
             offset=self.offset,
+            offset_map=_map_from(self.offset_map),
             gain_map=_map_from(self.gain_map),
             flat_field=_map_from(self.flat_field),
             mask=_map_from(self.mask),
