@@ -321,7 +321,7 @@ def test_what_leaves_as_array_1_0_comes_in_as_the_same_frame(service: Any, conte
     assert pixels == picture(0).tobytes()
 
 
-texts = st.text(max_size=400)
+texts = st.text(max_size=400) | st.sampled_from('\0"é\U0001f52c').map(lambda letter: 500 * letter)
 
 
 @given(

@@ -18,7 +18,7 @@ from emstream.outputs.sockets import Buffer
 from emstream.wire import ARRAY, EPICS_EPOCH_S
 
 _LARGEST_HEADER = 1000  # [bytes] ADZMQ's driver reads it into 1024
-_LARGEST_TEXT = 128  # of one attribute
+_LARGEST_NAME, _LARGEST_TEXT = 64, 128  # of the camera, and of one attribute
 _ATTRIBUTES = ("series", "units", "exposure_s", "pixel_size_m", "dose", "in_domain")
 
 
@@ -36,19 +36,23 @@ def header(message: Mapping[str, Any]) -> bytes:
         "type": message["type"],
         "endianness": message["endianness"],
         "frame": message["frame"],
-        "source": message["source"][:_LARGEST_TEXT],
+        "source": message["source"][:_LARGEST_NAME],
         "encoding": "",
     }
     if "timestamp_ns" in message:
         known["timestamp_ns"] = message["timestamp_ns"]
         known["timeStamp"] = message["timestamp_ns"] / 1e9 - EPICS_EPOCH_S
-    text = json.dumps(known)[:-1] + ', "ndattr": {'
-    separator = ""
+    text = _json(known)[:-1] + b', "ndattr": {'
+    separator = b""
     for name, value in _attributes(message):
-        item = f"{separator}{json.dumps(name)}: {json.dumps(value)}"
+        item = separator + _json({name: value})[1:-1]
         if len(text) + len(item) + 2 <= _LARGEST_HEADER:
-            text, separator = text + item, ", "
-    return (text + "}}").encode()
+            text, separator = text + item, b", "
+    return text + b"}}"
+
+
+def _json(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False).encode()
 
 
 def _attributes(message: Mapping[str, Any]) -> list[tuple[str, float | str]]:
