@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -199,6 +200,33 @@ def test_request_that_makes_no_sense_is_answered(service: Any, context: Any) -> 
     socket.send(b"previous")
     assert socket.recv() == b"error: the request must be next"
     socket.close(linger=0)
+    asked[0].close()
+
+
+def test_flood_of_requests_keeps_nobody_waiting(service: Any, context: Any) -> None:
+    asked: list[Any] = []
+    run, url = service("format=karabo-bridge&queue=50", lambda url: asked.append(ask(context, url)))
+    stop = threading.Event()
+
+    def flood() -> None:
+        with context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.connect(url)
+            while not stop.is_set():
+                for _ in range(100):
+                    with contextlib.suppress(zmq.Again):
+                        socket.send_multipart([b"", b"next"], zmq.DONTWAIT)
+                while socket.poll(0):
+                    socket.recv_multipart()
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    send(run, range(20))
+    assert number_of(asked[0].recv_multipart()) == 0
+    stop.set()
+    thread.join(timeout=20)
+    run.stop()
+    assert exact(run.ledger)
     asked[0].close()
 
 

@@ -178,7 +178,7 @@ class Replies:
                     while True:
                         self._heard.recv(zmq.DONTWAIT)
                 with contextlib.suppress(zmq.Again):
-                    while True:
+                    for _ in range(_MOST_CLIENTS):  # one that never stops asking keeps nobody waiting
                         self._hear(self._socket.recv_multipart(zmq.DONTWAIT))
                 for identity, client in list(self._clients.items()):
                     self._serve(identity, client)
