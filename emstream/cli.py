@@ -142,7 +142,14 @@ def serve(
         ),
     ],
     engine: EnginePath = None,
-    output: Annotated[str, typer.Option(help="Endpoint to publish on.")] = "tcp://127.0.0.1:5556",
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Endpoint to publish on; again for other formats: tcp://HOST:PORT?format=array-1.0 or "
+            "karabo-bridge. [default: tcp://127.0.0.1:5556]",
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Frames per batch. [default: the engine's best]")
     ] = None,
@@ -171,6 +178,10 @@ def serve(
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    offset_map: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A dark frame: ADU, pixel by pixel, on top of --offset."),
+    ] = None,
     gain_map: Annotated[
         Path | None, typer.Option(metavar="FILE", help="ADU per electron, pixel by pixel, on top of --gain.")
     ] = None,
@@ -206,13 +217,14 @@ def serve(
     """
     from contextlib import ExitStack
 
-    from emstream.serve import Service, Settings
+    from emstream.serve import DEFAULT_OUTPUT, Service, Settings
     from emstream.serve import serve as run
 
     settings = Settings(
-        input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
-        max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
+        input=input, output=output or DEFAULT_OUTPUT, engine=engine, device=device,
+        precision=precision, threads=threads,
+        max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain, offset=offset,
+        offset_map=offset_map, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
         max_frame_bytes=max_frame_mib * 1024**2, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
@@ -224,6 +236,8 @@ def serve(
         def ready(service: Service) -> None:
             log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
             log.info("engine %s on %s", service.engine.name, service.engine.device)
+            for each in service.publisher.outputs:
+                log.info("%(format)s, %(stream)s, %(socket)s: %(endpoint)s", each)
             recorder: RecorderProcess | None = None
             if record is not None:
                 from emstream.record import RecordSettings
@@ -723,6 +737,10 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = "  ".join(
                 f"{key} {_text(each)}" for key, each in value.items() if not isinstance(each, dict)
+            )
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = "\n".join(
+                "  ".join(f"{key} {_text(item)}" for key, item in each.items()) for each in value
             )
         table.add_row(Text(printable(name)), Text(printable_lines(_text(value))))
     console.print(table)

@@ -267,6 +267,7 @@ class Pipeline:
         """Ledger, latencies [ms] and rate, as ``--json`` prints them; with a recorder, how it fares."""
         rate = self.frames_per_s
         recording = {} if self._recording is None else {"recording": self._recording}
+        outputs = self._publisher.outputs
         return {
             "ledger": self._ledger.snapshot(),
             "latency_ms": self._ledger.latency_ms(),
@@ -274,4 +275,5 @@ class Pipeline:
             "rejected_because": self._ledger.reasons(),
             "engine": self._engine.identity,
             **recording,
+            **({"outputs": outputs} if outputs else {}),
         }

@@ -10,7 +10,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from emstream import outputs
 from emstream.corrections import Corrections, Region, check_calibration
 from emstream.errors import EngineError, EngineUnavailable, FileFormatError, MalformedFrame, SourceError
 from emstream.frame import PIXEL_TYPES
@@ -36,6 +37,7 @@ from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 log = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = "tcp://127.0.0.1:5556"
+_PRIVATE_OUTPUT = "tcp://127.0.0.1:*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,11 @@ class Settings:
 
     input: str
     """URL of the camera."""
-    output: str = DEFAULT_OUTPUT
-    """Endpoint to publish on."""
+    output: str | Sequence[str] = DEFAULT_OUTPUT
+    """Endpoint to publish on, or several, in other formats: `emstream.outputs`.
+
+    Where none is native, that one is on a free port of this machine.
+    """
     engine: str | Path | None = None
     """Model file; None is the one that ships with emstream."""
     device: str = "auto"
@@ -65,8 +70,10 @@ class Settings:
     """
     gain: float = 1.0
     offset: float = 0.0
+    offset_map: Path | None = None
+    """ADU without any electron, pixel by pixel, on top of `offset`; as the next three a file with one frame."""
     gain_map: Path | None = None
-    """ADU per electron, pixel by pixel, on top of `gain`; as the next two a file with one frame."""
+    """ADU per electron, pixel by pixel, on top of `gain`."""
     flat_field: Path | None = None
     """The camera's answer to even light, in any unit."""
     mask: Path | None = None
@@ -90,6 +97,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.expected_frame()
+        outputs.orders(self.output)
         check_calibration(self.gain, self.offset)
         if self.roi is not None:
             Region.of(self.roi)
@@ -108,6 +116,7 @@ class Settings:
         return Corrections(
             gain=self.gain,
             offset=self.offset,
+            offset_map=_map_from(self.offset_map),
             gain_map=_map_from(self.gain_map),
             flat_field=_map_from(self.flat_field),
             mask=_map_from(self.mask),
@@ -225,8 +234,12 @@ def _assemble(
     )
     ring.prepare(*settings.expected_frame(engine, corrections))
     dose_range = engine.card.dose_range if engine.card else None
-    publisher = Publisher(settings.output, ledger, engine.identity, dose_range, settings.queue)
+    native, others = outputs.orders(settings.output)
+    endpoint = native.endpoint if native else _PRIVATE_OUTPUT
+    publisher = Publisher(endpoint, ledger, engine.identity, dose_range, settings.queue)
     try:
+        for order in others:
+            publisher.add(outputs.Output(order, settings.queue))
         source = source or open_source(settings.input, settings.max_frame_bytes)
     except Exception:
         publisher.close(linger_s=0)

@@ -221,6 +221,8 @@ def test_info_reads_the_card() -> None:
         (("serve", "--input", "sim://", "--overrun", "panic"), 2, "drop-oldest"),
         (("serve", "--input", "sim://", "--frames", "0"), 2, "frames must be at least 1, got 0"),
         (("serve", "--input", "sim://", "--expect", "big"), 2, "expect must look like 512x512:uint8"),
+        (("serve", "--input", "sim://", "--output", "tcp://*:1?format=csv"), 2, "format must be emstream or"),
+        (("serve", "--input", "sim://", "--output", "tcp://*:1", "--output", "tcp://*:2"), 2, "native once"),
         (("serve", "--input", "sim://", "--slots", "1"), 2, "at least 2 slots, got 1"),
         (("serve", "--input", "file:///nowhere/movie.npy"), 1, "/nowhere/movie.npy"),
         (("camera", "--rate", "0"), 2, "rate must be positive, got 0.0 frames/s"),
@@ -248,6 +250,36 @@ def test_output_port_in_use_is_explained(context: zmq.Context[Any]) -> None:
     assert done.returncode == 1
     assert "the address is in use" in done.stderr
     taken.close()
+
+
+def test_service_publishes_in_three_formats_at_once(tmp_path: Path, context: zmq.Context[Any]) -> None:
+    other = f"ipc://{tmp_path}/other"
+    service = start("serve", "--input", "sim://?rate=200&height=32&width=48", "--engine", "identity",
+                    "--frames", 400, "--json", "--output", f"ipc://{tmp_path}/native",
+                    "--output", f"{other}1?format=array-1.0&stream=raw",
+                    "--output", f"{other}2?format=karabo-bridge")  # fmt: skip
+    line_with(service, f"karabo-bridge, denoised, rep: {other}2")
+    sockets = [context.socket(kind) for kind in (zmq.SUB, zmq.SUB, zmq.REQ)]
+    for socket, name in zip(sockets, ("native", "other1", "other2"), strict=True):
+        socket.rcvtimeo = 20_000
+        socket.connect(f"ipc://{tmp_path}/{name}")
+    sockets[0].subscribe(b"denoised")
+    sockets[1].subscribe(b"")
+    sockets[2].send(b"next")
+    native, array, karabo = (socket.recv_multipart() for socket in sockets)
+    assert native[0] == b"denoised"
+    assert json.loads(array[0])["htype"] == "array-1.0"
+    assert len(array[1]) == 32 * 48
+    assert wire.unpack(karabo[2])["path"] == "image.data"
+    assert len(karabo[3]) == 32 * 48 * 4
+    for socket in sockets:
+        socket.close(linger=0)
+    out, err = service.communicate(timeout=60)
+    assert service.returncode == 0, err
+    report = json.loads(out)
+    assert report["ledger"]["published"] == 400
+    assert [each["format"] for each in report["outputs"]] == ["array-1.0", "karabo-bridge"]
+    assert all(each["sent"] >= 1 for each in report["outputs"])
 
 
 @pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "status", "denoise", "info"])
