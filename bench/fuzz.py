@@ -17,17 +17,46 @@ from typing import Any
 
 import numpy as np
 import psutil
+import zmq
 
 from bench import report
+from emstream import wire
 from emstream.camera.dectris import COMPRESSIONS, DectrisSettings, Detector
+from emstream.frame import FrameHeader
 from emstream.intake import Intake
 from emstream.ledger import Ledger
+from emstream.outputs import array1
 from emstream.ring import Ring, Slot
 from emstream.sources import dectris, dectris1
+from emstream.sources.zmq import ZmqSource
 
 SIZE = 48  # px
 LIMIT = 1_000_000  # bytes of a frame
-DECODERS: dict[str, Callable[[], Any]] = {"dectris": dectris.Decoder, "dectris1": dectris1.Decoder}
+
+
+class OverSocket:
+    """The ZeroMQ source, which decodes as it receives, and a camera that sends to it."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._source = ZmqSource("inproc://fuzz", lossless=True, bind=True, context=self._context)
+        self._camera = self._context.socket(zmq.PUSH)
+        self._camera.connect("inproc://fuzz")
+
+    def decode(self, parts: list[memoryview], intake: Intake) -> None:
+        self._camera.send_multipart(parts)
+        self._source._receive(intake)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+DECODERS: dict[str, Callable[[], Any]] = {
+    "native": OverSocket,
+    "array-1.0": OverSocket,
+    "dectris": dectris.Decoder,
+    "dectris1": dectris1.Decoder,
+}
 _EVERY = 2000  # messages for which a decoder lives
 
 
@@ -71,6 +100,8 @@ def fuzz(name: str, arguments: argparse.Namespace, show: Callable[[int], None]) 
             whole += sum(_taken(ring))
             counted = ledger.snapshot()
             assert counted["received"] == counted["rejected"] + counted["dropped"] + counted["in_flight"], n
+        if isinstance(decoder, OverSocket):
+            decoder.close()
         rejected += counted["rejected"]
         reasons |= set(ledger.reasons())
         show(first)
@@ -118,6 +149,8 @@ def _damaged(message: bytes, rng: np.random.Generator) -> bytes:
 
 def _good(name: str) -> list[list[bytes]]:
     """Messages of all kinds, as lists of parts."""
+    if name in ("native", "array-1.0"):
+        return _good_over_socket(name)
     series = [
         Detector(
             DectrisSettings(height=SIZE, width=SIZE, compression=each, thresholds=2, dead=4, patterns=1)
@@ -139,6 +172,37 @@ def _good(name: str) -> list[list[bytes]]:
     mask = [b'{"htype": "dpixelmask-1.0", "shape": [8, 8], "type": "uint32"}', bytes(256)]
     start = [b'{"htype": "dheader-1.0", "series": 1, "header_detail": "all"}', config, *mask]
     return [*images, start, start[:1], [config], [b'{"htype": "dseries_end-1.0", "series": 1}']]
+
+
+def _good_over_socket(name: str) -> list[list[bytes]]:
+    frames = [
+        FrameHeader(
+            frame=n, shape=(SIZE, SIZE), type=kind, source="camera", series=1, exposure_s=0.1,
+            timestamp_ns=1_795_452_000_000_000_000 + n, extra={"stage": {"tilt_deg": 1.5}},
+        )
+        for n, kind in enumerate(("uint8", "uint16", "float32"))
+    ]  # fmt: skip
+    pixels = [np.ones(frame.shape, frame.dtype).tobytes() for frame in frames]
+    if name == "native":
+        marks = [
+            [b"raw", wire.pack({"htype": htype, "source": "camera", "series": 1})]
+            for htype in (wire.START, wire.END)
+        ]
+        return [
+            *(
+                [b"raw", wire.pack(wire.map_of(frame)), data]
+                for frame, data in zip(frames, pixels, strict=True)
+            ),
+            *marks,
+        ]
+    plain = b'{"htype": "array-1.0", "shape": [%d, %d], "type": "uint8", "frame": 4, ' % (SIZE, SIZE)
+    return [
+        *([array1.header(wire.map_of(frame)), data] for frame, data in zip(frames, pixels, strict=True)),
+        [plain + b'"endianess": "little"}', pixels[0]],
+        [plain + b'"timeStamp": 1164300000.25, "encoding": "", "ndattr": {"Gain": "high"}}', pixels[0]],
+        [plain.replace(b'"array-1.0"', b'["array-1.0"]') + b'"ndattr": {}}', pixels[0]],
+        [plain + b'"source": "camera"}', b""],
+    ]
 
 
 def _markdown(results: dict[str, Any]) -> str:

@@ -105,8 +105,8 @@ def hour(folder: Path, arguments: argparse.Namespace, show: Any) -> dict[str, An
                 first_s, first = time.monotonic(), written
             if written < arguments.frames:
                 last_s = time.monotonic()
-            if status["file"]:
-                checked.all_but(status["file"], folder)
+            if status["path"]:
+                checked.all_but(status["path"], folder)
             show(written)
         service.tell(None)
     (recorded,) = found

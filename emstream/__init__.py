@@ -6,7 +6,7 @@ Follow a frame through the package::
     intake.py    checks, overrun policy; corrections.py: gain, mask, flat field, binning
     ring.py      the frame's place in a batch, written once
     inference/   the engine: electron counts in, expected electrons out
-    publish.py   out again, with its header and history
+    publish.py   out again, with its header and history; outputs/ in formats of others
     ledger.py    every frame accounted for
     pipeline.py  runs these; serve.py puts them together
     client.py    what displays use: view/ (the live page), status.py (a terminal), napari.py

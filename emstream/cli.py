@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from emstream.intake import Overrun
 from emstream.printable import JsonFormatter, PrintableFormatter, printable, printable_lines
 
 if TYPE_CHECKING:
-    from emstream.record import RecorderProcess
+    from emstream.record_process import RecorderProcess
     from emstream.serve import Settings
 
 
@@ -191,7 +191,14 @@ def serve(
         ),
     ],
     engine: EnginePath = None,
-    output: Annotated[str, typer.Option(help="Endpoint to publish on.")] = "tcp://127.0.0.1:5556",
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Endpoint to publish on; again for other formats: tcp://HOST:PORT?format=array-1.0 or "
+            "karabo-bridge. [default: tcp://127.0.0.1:5556]",
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Frames per batch. [default: the engine's best]")
     ] = None,
@@ -239,6 +246,10 @@ def serve(
     frames: Frames = None,
     gain: Gain = 1.0,
     offset: Offset = 0.0,
+    offset_map: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A dark frame: ADU, pixel by pixel, on top of --offset."),
+    ] = None,
     gain_map: Annotated[
         Path | None, typer.Option(metavar="FILE", help="ADU per electron, pixel by pixel, on top of --gain.")
     ] = None,
@@ -280,7 +291,8 @@ def serve(
     settings = _settings_of(
         input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
-        offset=offset, gain_map=gain_map, flat_field=flat_field, mask=mask, binning=binning, roi=roi,
+        offset=offset, offset_map=offset_map, gain_map=gain_map, flat_field=flat_field, mask=mask,
+        binning=binning, roi=roi,
         max_frame_mib=max_frame_mib, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
         fallback=fallback, stall_limit_s=stall_limit_s, metrics=metrics, control=control,
     )  # fmt: skip
@@ -295,26 +307,33 @@ def serve(
                 "%s -> %s -> %s", settings.input, service.engine.current.name, service.publisher.endpoint
             )
             log.info("engine %s on %s", service.engine.current.name, service.engine.current.device)
-            if view:
-                from emstream.view import ViewProcess
-
-                page = ViewProcess(service.publisher.endpoint, view_host, view_port, view_token)
-                page.start()
-                stack.callback(page.stop)
-                log.info("live page: %s", page.url)
+            for each in service.publisher.outputs:
+                log.info("%(format)s, %(stream)s, %(socket)s: %(endpoint)s", each)
+            recorder: RecorderProcess | None = None
             if record is not None:
-                from emstream.record import RecorderProcess, RecordSettings
+                from emstream.record import RecordSettings
+                from emstream.record_process import RecorderProcess
 
                 recorder = RecorderProcess(
                     RecordSettings(
                         input=service.publisher.endpoint, output=record, look_back_s=look_back,
                         split_bytes=_size(split, "split"),
-                    )
+                    ),
+                    on_status=service.pipeline.note_recording,
                 )  # fmt: skip
                 recorder.wait_until_it_listens(service.publisher)
                 stack.callback(lambda: recordings.append(_finished(recorder)))
-                if look_back:
-                    stack.enter_context(_begin_on_signal(recorder.begin))
+                stack.enter_context(_begin_on_signal(recorder.begin))
+            if view:
+                from emstream.view import ViewProcess
+
+                page = ViewProcess(
+                    service.publisher.endpoint, view_host, view_port, view_token,
+                    on_record=recorder.tell if recorder else None,
+                )  # fmt: skip
+                page.start()
+                stack.callback(page.stop)
+                log.info("live page: %s", page.url)
 
         try:
             report = run(settings, on_ready=ready)
@@ -328,14 +347,15 @@ def serve(
     _check_recording(*recordings)
 
 
-def _settings_of(max_frame_mib: int, control: str, **options: Any) -> Settings:
+def _settings_of(output: Sequence[str] | None, max_frame_mib: int, control: str, **options: Any) -> Settings:
     """What `serve` runs, of its options; others are left out. Raises ValueError for those that make no sense."""
     from dataclasses import fields
 
-    from emstream.serve import Settings
+    from emstream.serve import DEFAULT_OUTPUT, Settings
 
     known = {field.name for field in fields(Settings)}
     return Settings(
+        output=output or DEFAULT_OUTPUT,
         max_frame_bytes=max_frame_mib * 1024**2,
         control=None if control == "none" else control,
         **{name: value for name, value in options.items() if name in known},
@@ -865,6 +885,10 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = "  ".join(
                 f"{key} {_text(each)}" for key, each in value.items() if not isinstance(each, dict)
+            )
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = "\n".join(
+                "  ".join(f"{key} {_text(item)}" for key, item in each.items()) for each in value
             )
         table.add_row(Text(printable(name)), Text(printable_lines(_text(value))))
     console.print(table)

@@ -54,7 +54,11 @@ def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _value(path: Path, name: str, command: Any, option: Any, value: Any) -> Any:
     """`value` if it suits the option; numbers that are texts and the like are no harm, other types are."""
     where = f"{path}: [{name}] {option.name} = {value!r}"
-    if isinstance(value, (dict, list)) or (isinstance(value, bool) and not option.is_flag):
+    if option.multiple:
+        value = value if isinstance(value, list) else [value]
+    elif isinstance(value, list):
+        raise ConfigError(f"{where}: one value is needed")
+    if isinstance(value, dict) or (isinstance(value, bool) and not option.is_flag):
         raise ConfigError(f"{where}: one value is needed")
     if option.is_flag and not isinstance(value, bool):
         raise ConfigError(f"{where}: true or false is needed")

@@ -2,9 +2,10 @@
 
 In this order, each only when asked for::
 
-    region of interest   rows and columns that are kept
     mask                 bad pixels take the value of a good neighbour
-    offset, gain         ADU to electrons: (pixel - offset) / gain
+    region of interest   rows and columns that are kept
+    offset, offset map   subtracted [ADU]
+    gain                 divided by [ADU per electron]
     gain map, flat field divided by, pixel by pixel
     binning              squares of pixels added up
 
@@ -28,14 +29,19 @@ from emstream.frame import FrameHeader
 
 _Shape = tuple[int, int]
 _KEY = "corrections"
+_SMALLEST, _LARGEST = 1e-9, 1e12  # what is divided by and subtracted: integers stay finite in float32
 
 
 def check_calibration(gain: float, offset: float) -> None:
     """Refuse a gain [ADU per electron] or an offset [ADU] that no camera has."""
     if not (math.isfinite(gain) and gain > 0):
         raise ValueError(f"gain must be positive, got {gain} ADU per electron")
+    if not _SMALLEST <= gain <= _LARGEST:
+        raise ValueError(f"gain must lie in {_SMALLEST:g}-{_LARGEST:g} ADU per electron, got {gain}")
     if not math.isfinite(offset):
         raise ValueError(f"offset must be a number, got {offset} ADU")
+    if abs(offset) > _LARGEST:
+        raise ValueError(f"offset must lie within {_LARGEST:g} ADU of 0, got {offset}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Corrections:
         *,
         gain: float = 1.0,
         offset: float = 0.0,
+        offset_map: np.ndarray | None = None,
         gain_map: np.ndarray | None = None,
         flat_field: np.ndarray | None = None,
         mask: np.ndarray | None = None,
@@ -77,35 +84,41 @@ class Corrections:
     ) -> None:
         """`gain` [ADU per electron], `offset` [ADU].
 
-        The maps are (H, W) of the camera's whole frame: `gain_map` [ADU per electron] on top of
-        `gain`, `flat_field` in any unit, since its mean over good pixels is made 1, `mask` bad
-        where it is not 0. Pixels where a map is not positive are bad, too.
+        The maps are (H, W) of the camera's whole frame: `offset_map` [ADU] on top of `offset`,
+        `gain_map` [ADU per electron] on top of `gain`, `flat_field` in any unit, since its mean over
+        good pixels is made 1, `mask` bad where it is not 0. Pixels where the offset map is no number,
+        or one of the others is not positive, are bad, too.
         """
         check_calibration(gain, offset)
         if binning < 1:
             raise ValueError(f"binning must be at least 1 pixel, got {binning}")
         self._roi, self._binning = roi, binning
-        maps = {"gain_map": gain_map, "flat_field": flat_field, "mask": mask}
+        maps = {"offset_map": offset_map, "gain_map": gain_map, "flat_field": flat_field, "mask": mask}
         self._maps_shape = _common_shape({name: each for name, each in maps.items() if each is not None})
         bad = np.zeros(self._maps_shape or (1, 1), bool) if mask is None else mask != 0
-        for name in ("gain_map", "flat_field"):
+        for name in ("offset_map", "gain_map", "flat_field"):
             if maps[name] is not None:
                 bad = bad | _unusable(name, maps[name])
         self._bad = BadPixels(bad) if bad.any() else None
+        self._offset: np.ndarray | np.float32 = np.float32(offset)
+        if offset_map is not None:
+            self._offset = self._offset + np.where(bad, 0, offset_map).astype(np.float32)
         self._divisor: np.ndarray | np.float32 = np.float32(gain)
         if gain_map is not None:
             self._divisor = self._divisor * np.where(bad, 1, gain_map).astype(np.float32)
         if flat_field is not None:
             level = float(np.mean(flat_field[~bad], dtype=np.float64))
             self._divisor = self._divisor * np.where(bad, 1, flat_field / level).astype(np.float32)
+        # A neighbour's count goes with the neighbour's offset and gain.
+        if self._bad and isinstance(self._offset, np.ndarray):
+            self._bad.fill(self._offset)
         if self._bad and isinstance(self._divisor, np.ndarray):
-            # A neighbour's count goes with the neighbour's gain.
             self._bad.fill(self._divisor)
             self._divisor[self._divisor == 0] = 1
-        self._offset = np.float32(offset)
         self._divides = gain != 1.0 or isinstance(self._divisor, np.ndarray)
-        self._to_electrons = gain != 1.0 or offset != 0.0 or gain_map is not None
-        self.computes = self._divides or offset != 0.0 or binning > 1
+        self._calibrates = self._divides or offset != 0.0 or offset_map is not None
+        self._to_electrons = gain != 1.0 or offset != 0.0 or gain_map is not None or offset_map is not None
+        self.computes = self._calibrates or binning > 1
         """Whether frames become float32."""
         self.moves = self.computes or roi is not None
         """Whether the result is written elsewhere than the camera's pixels."""
@@ -147,22 +160,23 @@ class Corrections:
             self._bad.fill(pixels)
         if not self.moves:
             return
-        divisor = self._divisor
+        offset, divisor = self._offset, self._divisor
         if self._roi:
             window = np.s_[
                 self._roi.top : self._roi.top + self._roi.height,
                 self._roi.left : self._roi.left + self._roi.width,
             ]
             pixels = pixels[window]
+            offset = offset[window] if isinstance(offset, np.ndarray) else offset
             divisor = divisor[window] if isinstance(divisor, np.ndarray) else divisor
         if self._binning > 1:
-            if self._divides or self._offset:
+            if self._calibrates:
                 electrons = np.empty(pixels.shape, np.float32)
-                self._calibrate(pixels, divisor, electrons)
+                self._calibrate(pixels, offset, divisor, electrons)
                 pixels = electrons
             _bin(pixels, self._binning, row)
         elif self.computes:
-            self._calibrate(pixels, divisor, row)
+            self._calibrate(pixels, offset, divisor, row)
         else:
             np.copyto(row, pixels)
 
@@ -182,8 +196,14 @@ class Corrections:
             extra={**header.extra, _KEY: done},
         )
 
-    def _calibrate(self, pixels: np.ndarray, divisor: np.ndarray | np.float32, out: np.ndarray) -> None:
-        np.subtract(pixels, self._offset, out=out, casting="unsafe")
+    def _calibrate(
+        self,
+        pixels: np.ndarray,
+        offset: np.ndarray | np.float32,
+        divisor: np.ndarray | np.float32,
+        out: np.ndarray,
+    ) -> None:
+        np.subtract(pixels, offset, out=out, casting="unsafe")
         if self._divides:
             np.divide(out, divisor, out=out)
 
@@ -211,10 +231,13 @@ def _common_shape(maps: dict[str, np.ndarray]) -> _Shape | None:
 
 def _unusable(name: str, values: np.ndarray | None) -> np.ndarray:
     assert values is not None
-    unusable: np.ndarray = ~(np.isfinite(values) & (values > 0))
-    if unusable.all():
-        raise ValueError(f"{name.replace('_', ' ')} must be positive somewhere, got no positive pixel")
-    return unusable
+    usable: np.ndarray = np.isfinite(values) & (np.abs(values) <= _LARGEST)
+    wanted = "a number"
+    if name != "offset_map":
+        usable, wanted = usable & (values >= _SMALLEST), "positive"
+    if not usable.any():
+        raise ValueError(f"{name.replace('_', ' ')} must be {wanted} somewhere, got no such pixel")
+    return ~usable
 
 
 def _fingerprint(values: np.ndarray) -> str:

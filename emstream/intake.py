@@ -6,9 +6,10 @@ A source calls, for each message it gets::
     ...write row...
     intake.accept()                or intake.refuse(reason)
 
-and `malformed(reason)` for a message without a usable header, `mark(message)` for the
-start or end of a series. The overrun policy, the corrections (`emstream.corrections`) and the
-check that pixels are numbers live here, so that every source has them alike.
+and `malformed(reason)` for a message without a usable header, `skip(header)` for a frame that
+the camera says it does not send, `mark(message)` for the start or end of a series. The overrun
+policy, the corrections (`emstream.corrections`) and the checks that a frame is no larger than
+allowed and its pixels are numbers live here, so that every source has them alike.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from emstream.corrections import Corrections
 from emstream.errors import EngineError, MalformedFrame
-from emstream.frame import FrameHeader, now_ns
+from emstream.frame import PIXEL_TYPES, FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark
 from emstream.watchdog import Watchdog
@@ -123,11 +124,13 @@ class Intake:
         if header.endianness != "little":
             written.byteswap(inplace=True)
             header.endianness = "little"
-        if written.dtype.kind == "f" and not _all_finite(written):
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._corrections.apply(written, row)
+        # Afterwards: bad pixels, which the mask takes away, may well be NaN.
+        if written.dtype.kind == "f" and not _all_finite(row):
             self._ring.cancel()
             self._count_rejected("pixels are not numbers (NaN or infinite)")
             return
-        self._corrections.apply(written, row)
         header = self._corrections.header(header)
         self._ring.commit(header, self._received_ns)
 
@@ -142,11 +145,16 @@ class Intake:
         self._ledger.receive()
         self._count_rejected(reason)
 
+    def skip(self, header: FrameHeader) -> None:
+        """The camera numbered this frame but does not send it: it was not received, it is missing."""
+        self._ledger.skip(header.source, header.series, header.frame)
+
     def mark(self, message: dict[str, Any]) -> None:
         """A series starts or ends, after all frames offered so far."""
         self._ring.mark(SeriesMark(message))
 
     def _reserve(self, header: FrameHeader) -> np.ndarray | None:
+        self._check(header)
         shape, dtype = self._corrections.shape_of(header.shape), self._corrections.type_of(header.dtype)
         row = self._ring.reserve(shape, dtype)
         if row is None and self._overrun is Overrun.drop_oldest and (lost := self._ring.evict()):
@@ -156,6 +164,19 @@ class Intake:
             self._ring.wait_free(timeout_s=0.1)
             row = self._ring.reserve(shape, dtype)
         return row
+
+    def _check(self, header: FrameHeader) -> None:
+        """Refuse a size or type that no frame has, whatever its source has looked at."""
+        if header.type not in PIXEL_TYPES:
+            raise MalformedFrame(f"type must be one of {', '.join(PIXEL_TYPES)}, got {header.type[:60]!r}")
+        height, width = header.shape
+        if height < 1 or width < 1:
+            raise MalformedFrame(f"shape must be [rows, columns] of one frame, got {height}x{width}")
+        if header.nbytes > self.max_frame_bytes:
+            raise MalformedFrame(
+                f"frame of {height}x{width} {header.type} is {header.nbytes} bytes, "
+                f"more than the limit of {self.max_frame_bytes}"
+            )
 
     def _take_header(self) -> FrameHeader:
         self._watchdog.end("source")

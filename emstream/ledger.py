@@ -93,6 +93,14 @@ class _Numbers:
             self._last = frame
         return 0
 
+    def skip(self, frame: int) -> int:
+        """The camera says that `frame` does not come, though it still may; returns as `note` does."""
+        last, missing = self._last, self.note(frame)
+        if missing == 0 and self._last == last:
+            return 0  # it has come already
+        self._gaps.append((frame, frame))
+        return missing + 1
+
     def _close_gap(self, frame: int) -> bool:
         for i, (first, last) in enumerate(self._gaps):
             if first <= frame <= last:
@@ -153,10 +161,18 @@ class Ledger:
         one far behind or absurdly far ahead, means that the camera began again.
         """
         with self._lock:
-            numbers = self._numbers.setdefault((source, series), _Numbers(frame - 1))
-            self._missing += numbers.note(frame)
-            if len(self._numbers) > _MAX_SERIES:
-                del self._numbers[next(iter(self._numbers))]
+            self._missing += self._numbers_of(source, series, frame).note(frame)
+
+    def skip(self, source: str, series: int | str, frame: int) -> None:
+        """Note a frame that the camera numbered but says it does not send: it is missing."""
+        with self._lock:
+            self._missing += self._numbers_of(source, series, frame).skip(frame)
+
+    def _numbers_of(self, source: str, series: int | str, frame: int) -> _Numbers:
+        numbers = self._numbers.setdefault((source, series), _Numbers(frame - 1))
+        if len(self._numbers) > _MAX_SERIES:
+            del self._numbers[next(iter(self._numbers))]
+        return numbers
 
     @property
     def published(self) -> int:

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
 _FIRST_BATCH_S = 60.0
 _GPU_IS_LOST = 20  # batches in a row that CUDA refused: what such an error spoils only a new process mends
+
+
+class _News(Enum):
+    """What is to be said at once on the stats topic."""
+
+    recording = auto()
 
 
 class Pipeline:
@@ -71,7 +78,8 @@ class Pipeline:
         self._observer = Observer()
         self._engine_s: dict[tuple[int, int], float] = {}
         self._drain_until_ns: int | None = None
-        self._submitted: SimpleQueue[tuple[Ticket, Slot] | SeriesMark | None] = SimpleQueue()
+        self._submitted: SimpleQueue[tuple[Ticket, Slot] | SeriesMark | _News | None] = SimpleQueue()
+        self._recording: dict[str, Any] | None = None
         self._in_engine = 0
         self._room = threading.Condition()
         self._stopping = threading.Event()
@@ -86,6 +94,11 @@ class Pipeline:
         if self._stopping.is_set():
             self._abort()
         self._stopping.set()
+
+    def note_recording(self, status: dict[str, Any]) -> None:
+        """Say from now on, and at once, how the recorder beside this service fares. Any thread may call it."""
+        self._recording = status
+        self._submitted.put(_News.recording)
 
     def run(self) -> None:
         """Run to the end. Raises EmstreamError when a thread died before its time."""
@@ -189,7 +202,9 @@ class Pipeline:
                 if submitted is None:
                     self._publisher.stats(self.report())
                     return
-                if isinstance(submitted, SeriesMark):
+                if isinstance(submitted, _News):
+                    next_stats_ns = 0
+                elif isinstance(submitted, SeriesMark):
                     self._publisher.mark(submitted)
                 elif self._collect(*submitted):
                     self._publish_slot(submitted[1])
@@ -280,8 +295,10 @@ class Pipeline:
             self._abort()
 
     def report(self) -> dict[str, Any]:
-        """Ledger, latencies [ms] and rate, as ``--json`` prints them."""
+        """Ledger, latencies [ms] and rate, as ``--json`` prints them; with a recorder, how it fares."""
         rate = self.frames_per_s
+        recording = {} if self._recording is None else {"recording": self._recording}
+        outputs = self._publisher.outputs
         return {
             "ledger": self._ledger.snapshot(),
             "latency_ms": self._ledger.latency_ms(),
@@ -290,4 +307,6 @@ class Pipeline:
             "engine": self._engine.identity,
             "stalled": self._watchdog.stalled,
             "trust": self._observer.report,
+            **recording,
+            **({"outputs": outputs} if outputs else {}),
         }

@@ -2,7 +2,8 @@
 
 Three topics on one ZeroMQ XPUB socket: ``denoised``, ``raw`` (the very frame, paired by
 series and frame number) and ``stats`` (once a second). Sending never waits: a subscriber
-that lags loses frames at its own queue, and nobody else notices.
+that lags loses frames at its own queue, and nobody else notices. Outputs in other formats
+(`emstream.outputs`) get the same frames.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from emstream import wire
 from emstream.endpoint import bind
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
+from emstream.outputs import Output
 from emstream.ring import SeriesMark, Slot
 
 DENOISED, RAW, STATS = b"denoised", b"raw", b"stats"
@@ -47,10 +49,20 @@ class Publisher:
         """How far the picture can be trusted, for every denoised header."""
         self.about: dict[str, Any] = {}
         """What every message on the stats topic says, too."""
+        self._outputs: list[Output] = []
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._socket.linger = 2000
         self.endpoint = bind(self._socket, endpoint)
+
+    def add(self, output: Output) -> None:
+        """Send every frame there, too. Closed together with this."""
+        self._outputs.append(output)
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        """What became of the frames on the outputs in other formats."""
+        return [output.report() for output in self._outputs]
 
     def publish(self, slot: Slot, limit: int | None = None) -> int:
         """Send the first `limit` frames of a finished batch; returns how many were sent."""
@@ -61,10 +73,10 @@ class Publisher:
         for row in rows:
             header = slot.headers[row]
             self._open(header)
+            raw = wire.map_of(header)
             if wants_raw:
-                self._send(RAW, wire.map_of(header), slot.counts[row])
-            message = wire.map_of(header)
-            message["type"] = "float32"
+                self._send(RAW, raw, slot.counts[row])
+            message = {**raw, "type": "float32"}
             # A camera has no say in these.
             message.pop("dose", None)
             message.pop("in_domain", None)
@@ -84,6 +96,8 @@ class Publisher:
             }
             message["ledger"] = self._ledger.snapshot()
             self._send(DENOISED, message, slot.result[row])
+            for output in self._outputs:
+                output.send({"raw": (raw, slot.counts[row]), "denoised": (message, slot.result[row])})
             self._newest = {key: message[key] for key in _NEWEST if key in message}
             self._newest["published_ns"] = published_ns
         return len(rows)
@@ -116,6 +130,8 @@ class Publisher:
         """End the open series and give subscribers `linger_s` to take what is queued."""
         self._close()
         self._socket.close(linger=int(1000 * linger_s))
+        for output in self._outputs:
+            output.close(linger_s)
 
     def _note_latency(self, slot: Slot, row: int, header: FrameHeader, published_ns: int) -> None:
         latency = self._ledger.latency

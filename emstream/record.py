@@ -12,32 +12,30 @@ cost the pipeline a frame; the worst that happens is that the recording itself l
 which it counts: *lost* found no room in the backlog because the disk was too slow, *unheard*
 never arrived here although the service published it. Raw wins over denoised in both.
 
-`emstream.recording` is the layout of the files.
+`emstream.recording` is the layout of the files, `emstream.record_process` the recorder beside a service.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import re
 import secrets
-import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import zmq
 
 from emstream import client, wire
-from emstream.errors import EmstreamError, MalformedFrame, OutputError, SourceError
+from emstream.errors import MalformedFrame, OutputError, SourceError
 from emstream.frame import Frame, now_ns
-from emstream.publish import DENOISED, RAW, STATS, Publisher
+from emstream.publish import DENOISED, RAW, STATS
 from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
@@ -52,11 +50,10 @@ OBSERVE_S = 1.0
 _POLL_MS = 100
 _QUEUE_MESSAGES = 256
 _STATUS_S = 1.0
+_NEWS_S = 0.1
 _LAST_DENOISED_S = 5.0
-_START_S = 60.0
-_QUIET_MS = 500
-_END_S = 600.0
-_REPEAT_S = 10.0
+_MOST_UNHEARD = 10_000  # times that are remembered while it looks back
+_RATE_FALLS = 0.8  # in a second at most
 
 STOPPED, COUNTED, SERIES_ENDED, DISK_LOW = "stopped", "frames counted", "series ended", "disk low"
 FAILURES = (DISK_LOW, WRITE_ERROR)
@@ -64,7 +61,7 @@ FAILURES = (DISK_LOW, WRITE_ERROR)
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSettings:
-    """One recording. Each field is a flag of ``emstream record``."""
+    """One recording. Each field but `dated` is a flag of ``emstream record``."""
 
     input: str
     """What ``emstream serve`` publishes on."""
@@ -82,6 +79,8 @@ class RecordSettings:
     """Stop at the end of a series."""
     compress: bool = True
     overwrite: bool = False
+    dated: bool = False
+    """Add date and time to the name of a file, too."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.look_back_s < 1e6:
@@ -97,14 +96,21 @@ class RecordSettings:
 
     def path(self) -> Path:
         """The first file. Raises OutputError where there can be none."""
-        path = self.output
+        path, now = self.output.absolute(), f"{datetime.now():%Y%m%d-%H%M%S}"
+        is_named_here = path.is_dir() or self.dated
         if path.is_dir():
-            path = path / f"emstream-{datetime.now():%Y%m%d-%H%M%S}.h5"
+            path = path / f"emstream-{now}.h5"
+        elif self.dated:
+            path = path.with_stem(f"{path.stem}-{now}")
         if path.suffix.lower() not in (".h5", ".hdf5", ".nxs"):
             raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
         disk.check_writable(path.parent)
+        if is_named_here:  # and two of the same second are told apart
+            stems = (path.stem, *(f"{path.stem}_{n}" for n in range(2, 100)))
+            names = (path.with_stem(stem) for stem in stems)
+            path = next((name for name in names if not any(map(Path.exists, _parts(name)))), path)
         for each in _parts(path):
             if each.exists() and not self.overwrite:
                 raise OutputError(f"{each} exists already; choose another name or allow --overwrite")
@@ -120,8 +126,8 @@ def _parts(path: Path) -> list[Path]:
 class Recorder:
     """Receives in the thread that calls `run`, writes in one of its own."""
 
-    def __init__(self, settings: RecordSettings) -> None:
-        """Raises OutputError where nothing can be written."""
+    def __init__(self, settings: RecordSettings, *, waits: bool = False) -> None:
+        """With `waits` or a look-back it waits for `begin`. Raises OutputError where nothing can be written."""
         self.settings = settings
         self.path = settings.path()
         self._folder = self.path.parent
@@ -130,8 +136,9 @@ class Recorder:
         disk.check_room(self._folder, 0.0)
         # A recording that begins at once looks back as well, while it observes how much comes.
         self._backlog = Backlog(settings.buffer_bytes, settings.look_back_s or 2 * OBSERVE_S)
+        self._waits = waits or settings.look_back_s > 0
         self._begun = threading.Event()
-        if not settings.look_back_s:
+        if not self._waits:
             self._begun.set()
         self._writing = False
         self._stopping = threading.Event()
@@ -155,6 +162,19 @@ class Recorder:
         self._warned_lost = 0
         self._had_room = self._warned_room = False
         self._started_s = time.monotonic()
+        self._told: tuple[Any, ...] = ()
+        self._told_s = self._rated_s = self._started_s
+        self._rated_bytes = 0
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether it was told to begin, and not yet to stop."""
+        return self._begun.is_set() and not self.is_stopping
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._stopping.is_set() or self._ended is not None
 
     def begin(self) -> None:
         """Record, from `look_back_s` ago on. Any thread may call it."""
@@ -175,8 +195,8 @@ class Recorder:
     ) -> dict[str, Any]:
         """Record until `stop`, the frames are counted, the series ends or the disk fills; returns the report.
 
-        `on_status` is called about once a second. `hello` is subscribed to, too, so that the
-        publisher can tell that this recorder listens.
+        `on_status` is called about once a second, and when something is lost or changes. `hello` is
+        subscribed to, too, so that the publisher can tell that this recorder listens.
         """
         socket = self._subscribe(hello)
         writer = threading.Thread(target=self._guard, args=(self._write,), name="recording")
@@ -194,24 +214,35 @@ class Recorder:
                 writer.join(timeout=0.2)  # short, so that a second signal is heard
                 if self._dropping:
                     self._backlog.give_up()
+                self._tell(on_status)
             socket.close()
         if self._fault:
             raise self._fault
         return self.report()
 
     def status(self) -> dict[str, Any]:
-        """What there is to say while it runs."""
+        """What there is to say while it runs. ``disk_s``: how long the disk lasts at the rate that comes now."""
+        free = disk.free_bytes(self._folder)
         return {
-            "state": "recording" if self._writing else "looking back" if self._first_ns else "waiting",
-            "file": str(self._files[-1]) if self._files else None,
+            "state": self._state,
+            "path": str(self._files[-1]) if self._files else None,
             "frames": dict(self._recorded),
             "lost": self._lost(),
             "unheard": dict(self._heard.unheard),
             "missing": self._missing,
             "buffer_bytes": self._backlog.nbytes,
             "look_back_s": round(self._backlog.span_s, 1),
-            "free_bytes": disk.free_bytes(self._folder),
+            "free_bytes": free,
+            "disk_s": disk.seconds_left(free, self._bytes_per_s),
         }
+
+    @property
+    def _state(self) -> str:
+        if self.is_stopping:
+            return "finishing"
+        if self._begun.is_set():
+            return "recording" if self._writing or self._waits else "waiting"
+        return "looking back" if self._first_ns else "waiting"
 
     def report(self) -> dict[str, Any]:
         """What was recorded and lost, as ``--json`` prints it."""
@@ -254,10 +285,28 @@ class Recorder:
             self._count()
             if time.monotonic() >= next_status_s:
                 next_status_s += _STATUS_S
+                self._rate()
+                if not self._begun.is_set():
+                    self._heard.forget(self._backlog.since_ns)
                 self._warn()
-                if on_status:
-                    on_status(self.status())
+            self._tell(on_status)
         self._finish(socket)
+
+    def _tell(self, on_status: Callable[[dict[str, Any]], None] | None) -> None:
+        """Call `on_status` once a second, and sooner with news."""
+        since_s = time.monotonic() - self._told_s
+        if on_status is None or since_s < _NEWS_S:
+            return
+        news = self._state, len(self._files), self._lost(), dict(self._heard.unheard)
+        if since_s >= _STATUS_S or news != self._told:
+            self._told, self._told_s = news, time.monotonic()
+            on_status(self.status())
+
+    def _rate(self) -> None:
+        """How much comes: at once when it grows, slowly when it falls."""
+        seconds, came = time.monotonic() - self._rated_s, self._arrived_bytes - self._rated_bytes
+        self._rated_s, self._rated_bytes = time.monotonic(), self._arrived_bytes
+        self._bytes_per_s = max(came / seconds, _RATE_FALLS * self._bytes_per_s)
 
     def _finish(self, socket: zmq.Socket[bytes]) -> None:
         """Take what has arrived by now, and let it be written."""
@@ -314,7 +363,8 @@ class Recorder:
             self._had_room = True
         if not self._begun.is_set():
             return
-        if self.settings.look_back_s:
+        if self._waits:
+            self.path = self.settings.path()  # with the time at which it begins
             log.info("recording, from %.1f s ago on", self._backlog.span_s)
             if self._warn_of_room():
                 self._ended = DISK_LOW  # and what is in memory is written as long as it fits
@@ -350,7 +400,7 @@ class Recorder:
                 "the recording loses frames: lost to a slow disk %s, unheard %s",
                 _both(self._lost()), _both(self._heard.unheard),
             )  # fmt: skip
-            self._warned_lost = lost
+        self._warned_lost = lost
 
     def _lost(self) -> dict[str, int]:
         return {topic: self._backlog.lost[topic] + self._unwritten[topic] for topic in self._recorded}
@@ -496,6 +546,7 @@ class _Heard:
         self.raw = 0
         self.last_raw_ns = 0
         self.unheard = {"raw": 0, "denoised": 0}
+        self._unheard: deque[tuple[int, int, int]] = deque(maxlen=_MOST_UNHEARD)
         self.ledger: dict[str, int] = {}
         self.engine: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
@@ -525,11 +576,23 @@ class _Heard:
         if published is not None:
             if self._published is not None and published > self._published:
                 due = published - self._published
-                self.unheard["denoised"] += due - 1
-                self.unheard["raw"] += max(0, due - self._raw_since)
+                self._note_unheard(max(0, due - self._raw_since), due - 1)
             self._published = published
         self._raw_since = 0
         return True
+
+    def _note_unheard(self, raw: int, denoised: int) -> None:
+        if raw or denoised:
+            self.unheard["raw"] += raw
+            self.unheard["denoised"] += denoised
+            self._unheard.append((now_ns(), raw, denoised))
+
+    def forget(self, before_ns: int | None) -> None:
+        """What was not heard before the look-back begins is no loss. None: nothing is kept."""
+        while self._unheard and (before_ns is None or self._unheard[0][0] < before_ns):
+            _, raw, denoised = self._unheard.popleft()
+            self.unheard["raw"] -= raw
+            self.unheard["denoised"] -= denoised
 
     def stats(self, message: dict[str, Any]) -> None:
         self._note_ledger(message.get("ledger"))
@@ -550,117 +613,3 @@ def _identity(frame: Frame) -> tuple[Any, ...]:
 
 def _both(counts: Mapping[str, int]) -> str:
     return f"{counts['raw']} raw and {counts['denoised']} denoised"
-
-
-# -- beside a service ---------------------------------------------------------------
-
-
-class RecorderProcess:
-    """A recorder in a process of its own, for the service that starts it."""
-
-    def __init__(self, settings: RecordSettings) -> None:
-        """Raises OutputError where nothing can be written."""
-        disk.check_room(settings.path().parent, 0.0)
-        self._output = settings.output
-        self._answered, self._asked = threading.Event(), threading.Event()
-        self._report: dict[str, Any] | EmstreamError | None = None
-        self._watcher = threading.Thread(target=self._watch, name="recorder watcher", daemon=True)
-        self._hello = b"recorder-" + secrets.token_hex(8).encode()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_recorder_main, args=(settings, self._hello, theirs), name="recorder", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def wait_until_it_listens(self, publisher: Publisher) -> None:
-        """Return when not even the first frame will be missed. Raises EmstreamError when it does not start."""
-        try:
-            self._answer(_START_S)
-            if not publisher.wait_for(self._hello, _START_S):
-                raise OutputError(f"the recorder did not subscribe within {_START_S:.0f} s")
-        except EmstreamError:
-            self._end()
-            raise
-        self._watcher.start()
-
-    def begin(self) -> None:
-        """See `Recorder.begin`."""
-        with contextlib.suppress(OSError):
-            self._pipe.send("begin")
-
-    def finish(self) -> dict[str, Any]:
-        """Let it write what was published until now; returns its report."""
-        self._asked.set()
-        try:
-            with contextlib.suppress(OSError):
-                self._pipe.send("finish")
-            if not self._answered.wait(_END_S):
-                raise OutputError(f"{self._output}: the recorder said nothing for {_END_S:.0f} s")
-        finally:
-            self._end()
-        if isinstance(self._report, EmstreamError):
-            raise self._report
-        assert self._report is not None
-        return self._report
-
-    def _watch(self) -> None:
-        """Say that the recorder has ended, again and again, unless it was asked to."""
-        try:
-            self._report = self._answer(None)
-        except EmstreamError as error:
-            self._report = error
-        self._answered.set()
-        why = self._report if isinstance(self._report, EmstreamError) else self._report["ended"]
-        while not self._asked.is_set():
-            log.error("nothing is recorded to %s any more: %s", self._output, why)
-            self._asked.wait(_REPEAT_S)
-
-    def _end(self) -> None:
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        if self._watcher.is_alive():
-            self._watcher.join()
-        self._pipe.close()
-
-    def _answer(self, within_s: float | None) -> Any:
-        try:
-            if not self._pipe.poll(within_s):
-                raise OutputError(f"the recorder said nothing for {within_s:.0f} s")
-            answer = self._pipe.recv()
-        except (EOFError, OSError):
-            raise OutputError(
-                f"{self._output}: the recorder ended without a report; what it had committed is readable"
-            ) from None
-        if isinstance(answer, EmstreamError):
-            raise answer
-        return answer
-
-
-def _recorder_main(settings: RecordSettings, hello: bytes, pipe: Connection) -> None:
-    # A signal reaches the whole terminal or service unit; the service says itself when it has finished.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        recorder = Recorder(settings)
-
-        def watch() -> None:
-            with contextlib.suppress(EOFError, OSError):
-                while pipe.recv() == "begin":
-                    recorder.begin()
-            recorder.stop(quiet_ms=_QUIET_MS)
-
-        threading.Thread(target=watch, daemon=True).start()
-        report: Any = recorder.run(hello=hello, on_ready=lambda: pipe.send("listening"))
-    except EmstreamError as error:
-        report = error
-        log.error("%s", error)
-    except Exception as error:
-        log.exception("the recorder failed")
-        report = OutputError(f"{settings.output}: the recorder failed: {type(error).__name__}: {error}")
-    with contextlib.suppress(OSError):
-        pipe.send(report)

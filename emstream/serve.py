@@ -10,7 +10,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from emstream import outputs
 from emstream.control import Answer, Control
 from emstream.corrections import Corrections, Region, check_calibration
 from emstream.errors import (
@@ -50,6 +51,7 @@ from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 log = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = "tcp://127.0.0.1:5556"
+_PRIVATE_OUTPUT = "tcp://127.0.0.1:*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,11 @@ class Settings:
 
     input: str
     """URL of the camera."""
-    output: str = DEFAULT_OUTPUT
-    """Endpoint to publish on."""
+    output: str | Sequence[str] = DEFAULT_OUTPUT
+    """Endpoint to publish on, or several, in other formats: `emstream.outputs`.
+
+    Where none is native, that one is on a free port of this machine.
+    """
     engine: str | Path | None = None
     """Model file; None is the one that ships with emstream."""
     fallback: str | Path | None = None
@@ -81,8 +86,10 @@ class Settings:
     """
     gain: float = 1.0
     offset: float = 0.0
+    offset_map: Path | None = None
+    """ADU without any electron, pixel by pixel, on top of `offset`; as the next three a file with one frame."""
     gain_map: Path | None = None
-    """ADU per electron, pixel by pixel, on top of `gain`; as the next two a file with one frame."""
+    """ADU per electron, pixel by pixel, on top of `gain`."""
     flat_field: Path | None = None
     """The camera's answer to even light, in any unit."""
     mask: Path | None = None
@@ -112,6 +119,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.expected_frame()
+        outputs.orders(self.output)
         check_calibration(self.gain, self.offset)
         if self.roi is not None:
             Region.of(self.roi)
@@ -132,6 +140,7 @@ class Settings:
         return Corrections(
             gain=self.gain,
             offset=self.offset,
+            offset_map=_map_from(self.offset_map),
             gain_map=_map_from(self.gain_map),
             flat_field=_map_from(self.flat_field),
             mask=_map_from(self.mask),
@@ -312,8 +321,11 @@ def _assemble(
         allocate=engine.allocate,
     )
     ring.prepare(*settings.expected_frame(engine, corrections))
-    publisher = Publisher(settings.output, ledger, settings.queue)
+    native, others = outputs.orders(settings.output)
+    publisher = Publisher(native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue)
     try:
+        for order in others:
+            publisher.add(outputs.Output(order, settings.queue))
         source = source or open_source(settings.input, settings.max_frame_bytes)
     except Exception:
         publisher.close(linger_s=0)

@@ -6,6 +6,7 @@ stay open for days, over ssh, next to any number of others.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
 from typing import Any
@@ -15,13 +16,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emstream import wire
+from emstream import recorded, wire
 from emstream.errors import MalformedFrame, SourceError
 from emstream.printable import printable
 from emstream.publish import STATS
 
 SILENT_S = 3.0  # the service says something every second
 _QUIET_NS = 2_000_000_000
+_RATE_SPAN_NS = 900_000_000  # at least: news of a recorder come in between
 FAULTS = ("missing", "dropped", "rejected", "failed")
 _SETTLED = ("published", "dropped", "rejected", "failed", "in_flight")
 _STAGES = {
@@ -40,10 +42,11 @@ _SAID = {
 
 
 def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str, Any], None, None]:
-    """Yield the service's figures as they come, once a second, and again with state ``silent`` when none do.
+    """Yield the service's figures as they come, at least once a second, and with state ``silent`` when none do.
 
-    From the second on they have ``frames_per_s`` of the time between. Keys: ``state`` (live, quiet,
-    waiting, silent), ``input``, ``alarms``, ``newest``, ``frames_per_s``, ``ledger``, ``latency_ms``, ``engine``.
+    ``frames_per_s`` is that of the last second or two, and None before there is one. Keys: ``state`` (live, quiet,
+    waiting, silent), ``input``, ``alarms``, ``newest``, ``frames_per_s``, ``ledger``, ``latency_ms``, ``engine``,
+    and ``recording`` (`recorded.recording_of`), None without a recorder beside the service.
     """
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     socket.linger = 0
@@ -54,14 +57,18 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
             raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
         socket.subscribe(STATS)
         status: dict[str, Any] = {"input": endpoint, "alarms": []}
-        before: dict[str, Any] = {}
+        before: dict[str, Any] | None = None
         while True:
             message = _receive(socket, silent_s)
             if message is None:
                 status = {**status, "state": "silent", "frames_per_s": 0.0}
+            elif before is None:
+                before, status = message, _figures(endpoint, message) | {"frames_per_s": None}
             else:
-                status = _figures(endpoint, message, before)
-                before = message
+                rate = status["frames_per_s"]
+                if _span_ns(before, message) >= _RATE_SPAN_NS:
+                    rate, before = _rate(before, message), message
+                status = _figures(endpoint, message) | {"frames_per_s": rate}
             yield status
     finally:
         socket.close()
@@ -69,16 +76,17 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
 
 def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
     """The figures of the last second; raises SourceError when nothing is heard, or nothing more."""
-    heard = statuses(endpoint, silent_s=silent_s)
-    first, second = next(heard), None
-    if first["state"] != "silent":
-        second = next(heard)
-    heard.close()
-    if second is None:
+    heard, deadline_s = statuses(endpoint, silent_s=silent_s), time.monotonic() + silent_s
+    status = next(heard)
+    if status["state"] == "silent":
         raise SourceError(f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running?")
-    if second["state"] == "silent":
-        raise SourceError(f"{endpoint} fell silent {silent_s:g} s ago; has emstream serve stopped?")
-    return second
+    while True:
+        status = next(heard)
+        if status["state"] == "silent":
+            raise SourceError(f"{endpoint} fell silent {silent_s:g} s ago; has emstream serve stopped?")
+        if status["frames_per_s"] is not None or time.monotonic() > deadline_s:
+            heard.close()
+            return status
 
 
 def panel(status: dict[str, Any]) -> RenderableType:
@@ -120,6 +128,8 @@ def panel(status: dict[str, Any]) -> RenderableType:
         + " ms (p50)",
     )
     table.add_row("ledger", _ledger(status["ledger"]))
+    if recording := status.get("recording"):
+        table.add_row("recording", _recording(recording))
     name = f"{engine.get('name', '-')} {str(engine.get('sha256', ''))[:8]}"
     table.add_row("engine", Text(f"{name}   {engine.get('device', '')}"))
     return table
@@ -139,7 +149,7 @@ def _receive(socket: zmq.Socket[bytes], silent_s: float) -> dict[str, Any] | Non
     return None
 
 
-def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+def _figures(endpoint: str, message: dict[str, Any]) -> dict[str, Any]:
     """What a message from the wire, which may be anything, says in numbers and short texts."""
     ledger = {
         name: int(n)
@@ -156,13 +166,14 @@ def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> 
     alarms = [f"{ledger[name]} {name}" for name in FAULTS if ledger.get(name)]
     if newest.get("in_domain") is False:
         alarms.append("dose outside the engine's range")
+    recording = recorded.recording_of(message)
+    alarms += recording["faults"] if recording else []
     engine = message.get("engine")
     return {
         "state": "waiting" if "frame" not in newest else "quiet" if is_quiet else "live",
         "input": endpoint,
         "alarms": alarms,
         "newest": newest,
-        "frames_per_s": _rate(message, before),
         "ledger": ledger,
         "latency_ms": latency,
         "engine": {
@@ -170,6 +181,7 @@ def _figures(endpoint: str, message: dict[str, Any], before: dict[str, Any]) -> 
             for key in ("name", "sha256", "device")
             if isinstance(engine, dict) and isinstance(engine.get(key), str)
         },
+        "recording": recording,
     }
 
 
@@ -189,19 +201,21 @@ def _newest(message: Any) -> dict[str, Any]:
     return found
 
 
-def _rate(message: dict[str, Any], before: dict[str, Any]) -> float | None:
-    """Frames published per second between two messages; None before there are two of one run."""
-    values = []
-    for each in (before, message):
-        published = wire.numbers(each.get("ledger"), ["published"]).get("published")
-        sent_ns = wire.numbers(each, ["sent_ns"]).get("sent_ns")
-        if published is None or sent_ns is None:
-            return None
-        values.append((published, sent_ns))
-    (first, start_ns), (last, end_ns) = values
-    return (
-        round((last - first) / (end_ns - start_ns) * 1e9, 3) if end_ns > start_ns and last >= first else None
+def _span_ns(before: dict[str, Any], message: dict[str, Any]) -> float:
+    """From one message to the next; endless where they do not say."""
+    start_ns, end_ns = (wire.numbers(each, ["sent_ns"]).get("sent_ns") for each in (before, message))
+    return math.inf if start_ns is None or end_ns is None or end_ns < start_ns else end_ns - start_ns
+
+
+def _rate(before: dict[str, Any], message: dict[str, Any]) -> float | None:
+    """Frames published per second between two messages; None unless they are of one run."""
+    span_ns = _span_ns(before, message)
+    first, last = (
+        wire.numbers(each.get("ledger"), ["published"]).get("published") for each in (before, message)
     )
+    if first is None or last is None or last < first or math.isinf(span_ns):
+        return None
+    return round((last - first) / span_ns * 1e9, 3)
 
 
 def _ledger(ledger: dict[str, int]) -> Text:
@@ -214,6 +228,20 @@ def _ledger(ledger: dict[str, int]) -> Text:
         text.append(
             f"{name.replace('_', ' ')} {_grouped(ledger.get(name))}", style="bold red" if wrong else ""
         )
+    return text
+
+
+def _recording(recording: dict[str, Any]) -> Text:
+    state, frames = recording["state"], recording["frames"]
+    text = Text(state, style="bold red" if recording["faults"] else "")
+    if state == "looking back":
+        text.append(f"   the last {recording.get('look_back_s', 0):.0f} s")
+    if frames.get("raw"):
+        text.append(f"   {_grouped(frames['raw'])} raw  {_grouped(frames.get('denoised'))} denoised")
+    if (seconds := recording.get("disk_s")) is not None:
+        text.append(f"   disk for {recorded.duration(seconds)}")
+    if "path" in recording:
+        text.append(f"   {recording['path']}")
     return text
 
 

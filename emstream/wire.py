@@ -6,7 +6,10 @@ Native message, three parts::
 
 with ``htype`` emstream-frame-1.0 in the header; emstream-start-1.0 and
 emstream-end-1.0 have a header and no pixels. Messages of the array-1.0 convention,
-``[header, JSON][pixels]``, are understood too; the first byte, ``{``, tells them apart.
+``[header, JSON][pixels]``, are understood too; the first byte, ``{``, tells them apart. With
+empty pixels such a message stands for a frame that is not sent. The plugin of EPICS,
+ADZMQ, adds ``timeStamp`` [s since 1990] and ``ndattr``; before its version 1.4 it wrote
+the htype as a list and the shape backwards.
 
 Nothing here trusts its input: every reader raises MalformedFrame and nothing else.
 """
@@ -31,6 +34,7 @@ ARRAY = "array-1.0"
 
 MAX_HEADER_BYTES = 64 * 1024
 DEFAULT_MAX_FRAME_BYTES = 256 * 1024**2
+EPICS_EPOCH_S = 631_152_000  # 1990-01-01 since the Unix epoch
 _MAX_NUMBER = 2**53
 _OWN_KEYS = {
     "htype", "source", "series", "frame", "shape", "type", "endianness", "endianess", "encoding",
@@ -63,7 +67,9 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 def header_of(message: Mapping[str, Any], max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> FrameHeader:
     """Check a native or array-1.0 frame header and return it."""
-    htype = message.get("htype")
+    htype, shape = message.get("htype"), message.get("shape")
+    if htype == [ARRAY]:  # ADZMQ before 1.4: columns come first
+        htype, shape = ARRAY, shape[::-1] if isinstance(shape, list) else shape
     if htype not in (FRAME, ARRAY):
         raise MalformedFrame(f"htype must be {FRAME} or {ARRAY}, got {_short(htype)}")
     if "engine" in message:
@@ -87,7 +93,7 @@ def header_of(message: Mapping[str, Any], max_frame_bytes: int = DEFAULT_MAX_FRA
         raise MalformedFrame(f"frame must be a number from 0, got {_short(message.get('frame'))}")
     header = FrameHeader(
         frame=message["frame"],
-        shape=_shape(message.get("shape")),
+        shape=_shape(shape),
         type=kind,
         source=source,
         series=series,
@@ -169,7 +175,8 @@ def _timestamp(message: Mapping[str, Any]) -> int | None:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
             raise MalformedFrame(f"timestamp_ns must be integer nanoseconds, got {_short(value)}")
         return value
-    return None
+    seconds = numbers(message, ["timeStamp"]).get("timeStamp", 0) if message["htype"] != FRAME else 0
+    return round(seconds * 1e9) + EPICS_EPOCH_S * 10**9 if 0 < seconds < 2**32 else None
 
 
 def _short(value: Any) -> str:

@@ -43,7 +43,14 @@ def test_each_value_says_where_it_comes_from(file: Path) -> None:
     assert found["max_wait_ms"] == {"value": 3.0, "from": str(file)}
     assert found["overrun"] == {"value": "block", "from": str(file)}
     assert found["view"] == {"value": True, "from": str(file)}
-    assert found["output"] == {"value": "tcp://127.0.0.1:5556", "from": "default"}
+    assert found["queue"] == {"value": 64, "from": "default"}
+
+
+def test_option_that_may_be_given_again_takes_a_list_or_one(file: Path) -> None:
+    outputs = ["tcp://127.0.0.1:7000", "tcp://127.0.0.1:7001?format=array-1.0"]
+    for text, value in ((json.dumps(outputs), outputs), (json.dumps(outputs[0]), outputs[:1])):
+        file.write_text(f'[serve]\ninput = "sim://"\noutput = {text}\n')
+        assert checked("--config", file)["output"] == {"value": value, "from": str(file)}
 
 
 def test_file_may_be_named_by_the_environment(file: Path) -> None:

@@ -91,6 +91,37 @@ def test_offset_gain_and_maps_give_electrons() -> None:
     assert {"gain", "offset", "gain_map", "flat_field"} == set(head.extra["corrections"][0])
 
 
+def test_dark_frame_is_subtracted_and_gives_electrons() -> None:
+    dark = np.random.default_rng(3).uniform(90, 110, SHAPE)
+    dark[2, 3] = np.nan
+    head, pixels = take(Corrections(offset_map=dark), (COUNTS + np.nan_to_num(dark)), units="ADU")
+    good = np.isfinite(dark)
+    np.testing.assert_allclose(pixels[good], COUNTS[good], atol=1e-4)
+    assert pixels[2, 3] in (pixels[1, 3], pixels[3, 3], pixels[2, 2], pixels[2, 4])
+    assert (head.units, head.type) == ("electrons", "float32")
+    assert set(head.extra["corrections"][0]) == {"offset_map", "bad_pixels"}
+
+
+def test_bad_pixels_may_be_no_numbers() -> None:
+    mask = np.zeros(SHAPE)
+    mask[5, 6] = 1
+    frame = COUNTS.astype(np.float32)
+    frame[5, 6] = np.nan
+    for corrections in (Corrections(mask=mask), Corrections(mask=mask, gain=2.0)):
+        _, pixels = take(corrections, frame.copy())
+        assert np.isfinite(pixels).all()
+
+
+def test_frame_that_corrections_make_infinite_is_rejected() -> None:
+    ledger = Ledger()
+    intake = Intake(Ring(2, 1), ledger, corrections=Corrections(gain=1e-9))
+    row = intake.offer(header(0, SHAPE, "float32"))
+    assert row is not None
+    row[:] = 3e38
+    intake.accept()
+    assert ledger.reasons() == {"pixels are not numbers (NaN or infinite)": 1}
+
+
 def test_flat_field_alone_keeps_the_mean_and_the_unit() -> None:
     flat = np.full(SHAPE, 300.0)
     flat[:, 8:] = 100.0
@@ -128,15 +159,19 @@ def test_region_of_interest_keeps_type_and_place() -> None:
 def test_everything_at_once_is_what_it_is_one_by_one() -> None:
     rng = np.random.default_rng(2)
     flat, mask = rng.uniform(0.5, 1.5, SHAPE), rng.random(SHAPE) < 0.1
-    _, got = take(
-        Corrections(gain=2.0, offset=1.0, flat_field=flat, mask=mask, binning=2, roi=Region(8, 10, 1, 2))
+    dark = rng.normal(0, 3, SHAPE)
+    every = Corrections(
+        gain=2.0, offset=1.0, offset_map=dark, flat_field=flat, mask=mask, binning=2, roi=Region(8, 10, 1, 2)
     )
-    expected = COUNTS.copy()
-    BadPixels(mask).fill(expected)
-    divisor = 2.0 * flat / flat[~mask].mean()
-    BadPixels(mask).fill(divisor)
-    electrons = ((expected - 1.0) / divisor)[1:9, 2:12]
-    np.testing.assert_allclose(got, electrons.reshape(4, 2, 5, 2).sum(axis=(1, 3)), rtol=1e-5)
+    head, got = take(every)
+    expected, divisor = COUNTS.copy(), 2.0 * flat / flat[~mask].mean()
+    for values in (expected, divisor, dark):
+        BadPixels(mask).fill(values)
+    electrons = ((expected - 1.0 - dark) / divisor)[1:9, 2:12]
+    assert {"gain", "offset", "offset_map", "flat_field", "mask", "binning", "roi", "bad_pixels"} == set(
+        head.extra["corrections"][0]
+    )
+    np.testing.assert_allclose(got, electrons.reshape(4, 2, 5, 2).sum(axis=(1, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_done_before_stays_in_the_header() -> None:
@@ -169,6 +204,9 @@ def test_frame_that_does_not_fit_is_rejected(corrections: Corrections, reason: s
     [
         ({"gain": 0.0}, "gain must be positive, got 0.0 ADU per electron"),
         ({"gain": float("nan")}, "gain must be positive"),
+        ({"gain": 1e-50}, "gain must lie in 1e-09-1e.12 ADU per electron, got 1e-50"),
+        ({"offset": -1e30}, "offset must lie within 1e.12 ADU of 0, got -1e.30"),
+        ({"offset_map": np.full((3, 4), np.nan)}, "offset map must be a number somewhere"),
         ({"offset": float("inf")}, "offset must be a number, got inf ADU"),
         ({"binning": 0}, "binning must be at least 1 pixel, got 0"),
         ({"mask": np.ones((3, 3))}, "all 9 pixels of the mask are bad"),

@@ -172,3 +172,22 @@ def test_frame_that_no_memory_can_hold_is_rejected() -> None:
 def test_impossible_settings_are_refused(options: dict[str, float], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Desk(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"shape": (0, 8)}, "shape must be [rows, columns] of one frame, got 0x8"),
+        ({"shape": (-3, 8)}, "shape must be [rows, columns] of one frame, got -3x8"),
+        ({"shape": (60_000, 60_000)}, "frame of 60000x60000 uint8 is 3600000000 bytes, more than the limit"),
+        ({"kind": "uint64"}, "type must be one of uint8, uint16"),
+    ],
+)
+def test_frame_that_cannot_be_is_rejected_whatever_its_source_looked_at(
+    change: dict[str, Any], reason: str
+) -> None:
+    desk = Desk()
+    assert not desk.give(header(0, **({"shape": SHAPE} | change)))
+    assert desk.ledger.snapshot()["rejected"] == 1
+    assert next(iter(desk.ledger.reasons())).startswith(reason)
+    assert desk.give(header(1, SHAPE))

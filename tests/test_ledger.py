@@ -134,3 +134,22 @@ def test_clock_that_ran_backwards_does_not_break_the_histogram() -> None:
     histogram = Histogram()
     histogram.add(-5)
     assert histogram.percentile_ms(50) == 0
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.lists(st.integers(0, 59), max_size=20))
+def test_frames_that_the_camera_skips_are_missing_once_until_they_come(
+    sent: list[bool], late: list[int]
+) -> None:
+    ledger = Ledger()
+    for frame, is_sent in enumerate(sent):
+        (ledger.number if is_sent else ledger.skip)("camera", 1, frame)
+        if not is_sent:
+            ledger.skip("camera", 1, frame)
+    assert ledger.snapshot()["missing"] == sent.count(False)
+    came = {frame for frame in late if 0 < frame < len(sent) - 1}
+    for frame in came:
+        ledger.number("camera", 1, frame)
+    assert ledger.snapshot()["missing"] == sum(
+        not is_sent and frame not in came for frame, is_sent in enumerate(sent)
+    )
+    assert ledger.snapshot()["received"] == 0

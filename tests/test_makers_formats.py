@@ -13,6 +13,7 @@ import pytest
 
 from emstream.errors import FileFormatError
 from emstream.movies import open_movie, rosetta, save_movie
+from tests.digital_micrograph import write_dm
 
 NEEDS_ROSETTA = "these formats need rosettasciio: pip install 'emstream[files]'"
 
@@ -83,16 +84,20 @@ def write_hspy(path: Path, movie: np.ndarray, pixel_size_nm: float = 0.05) -> No
     file_writer(str(path), signal)
 
 
+def write_dm3(path: Path, movie: np.ndarray) -> None:
+    write_dm(path, movie, version=3)
+
+
 WRITERS = {
     "new.ser": write_ser, "old.ser": write_old_ser, "velox.emd": write_velox, "berkeley.emd": write_berkeley,
-    "m.hspy": write_hspy,
+    "m.hspy": write_hspy, "m.dm3": write_dm3, "m.dm4": write_dm,
 }  # fmt: skip
 
 
 @pytest.fixture(params=WRITERS)
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A movie of `frames()`."""
-    if request.param.endswith(".hspy"):
+    if Path(request.param).suffix in rosetta.READERS:
         pytest.importorskip("rsciio", reason=NEEDS_ROSETTA)
     WRITERS[request.param](tmp_path / request.param, frames())
     return tmp_path / request.param
@@ -109,12 +114,23 @@ def test_movie_is_read_frame_by_frame_with_its_pixel_size(path: Path) -> None:
             np.testing.assert_array_equal(opened[n], movie[n])
 
 
-@pytest.mark.parametrize("name", ["m.ser", "velox.emd"])
+@pytest.mark.parametrize("name", ["old.ser", "velox.emd", "m.dm3", "m.dm4"])
 def test_single_image_is_an_image(tmp_path: Path, name: str) -> None:
-    (write_ser if name == "m.ser" else write_velox)(tmp_path / name, frames(1))
+    if Path(name).suffix in rosetta.READERS:
+        pytest.importorskip("rsciio", reason=NEEDS_ROSETTA)
+    WRITERS[name](tmp_path / name, frames(1))
     with open_movie(tmp_path / name) as opened:
         assert opened.is_image
         np.testing.assert_array_equal(opened[0], frames(1)[0])
+
+
+def test_pixels_of_a_micrograph_may_be_fractions(tmp_path: Path) -> None:
+    pytest.importorskip("rsciio", reason=NEEDS_ROSETTA)
+    image = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float32)
+    write_dm(tmp_path / "m.dm4", image)
+    with open_movie(tmp_path / "m.dm4") as opened:
+        assert (opened.is_image, opened.dtype) == (True, np.float32)
+        np.testing.assert_array_equal(opened[0], image)
 
 
 def test_file_cut_short_is_explained(path: Path) -> None:
@@ -163,6 +179,13 @@ def test_rubbish_is_explained_by_the_optional_readers_too(tmp_path: Path, suffix
     path.write_bytes(b"not a movie at all " * 50)
     with pytest.raises(FileFormatError, match=rf"m\{suffix} cannot be read"):
         open_movie(path)
+
+
+def test_colour_micrograph_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("rsciio", reason=NEEDS_ROSETTA)
+    write_dm(tmp_path / "m.dm4", np.zeros((24, 32), np.int32))
+    with pytest.raises(FileFormatError, match=r"m\.dm4 holds colour images; emstream takes"):
+        open_movie(tmp_path / "m.dm4")
 
 
 def test_optional_reader_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

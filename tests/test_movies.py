@@ -432,15 +432,35 @@ def test_empty_dataset_of_a_h5_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "warned"), [((64, 64, 10), True), ((10, 64, 64), False), ((63, 64, 10), False)]
+    ("shape", "warned"),
+    [
+        ((64, 64, 10), True),
+        ((10, 64, 64), False),
+        ((63, 64, 10), False),
+        ((96, 64, 7), True),
+        ((64, 96, 1), False),
+        ((20, 64, 7), False),
+    ],
 )
 def test_stack_that_seems_to_have_its_frames_last_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, shape: tuple[int, ...], warned: bool
 ) -> None:
     with open_movie(save(tmp_path / "m.npy", movie(shape))) as opened:
         assert opened.shape == shape
-    said = "m.npy is read as 64 frames of 64x10 px; if it is 10 frames of 64x64, put the frames first: numpy.moveaxis"
+    frames, height, width = shape
+    said = (
+        f"m.npy is read as {frames} frames of {height}x{width} px; if it is {width} frames of {frames}x{height}, "
+        "put the frames first: numpy.moveaxis"
+    )
     assert [said in text for text in caplog.messages] == ([True] if warned else [])
+
+
+def test_stack_that_surely_has_its_frames_last_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "m.npy", movie((64, 64, 7)))
+    assert refusal(tmp_path / "m.npy").endswith(
+        "would be 64 frames of 64x7 px; it seems to be 7 frames of 64x64, "
+        "put the frames first: numpy.moveaxis(movie, -1, 0)"
+    )
 
 
 def test_stack_of_three_frames_last_is_not_only_called_colour(tmp_path: Path) -> None:

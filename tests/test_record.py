@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from emstream import wire
 from emstream.errors import OutputError, SourceError
 from emstream.frame import Frame
 from emstream.intake import Overrun
-from emstream.record import Recorder, RecorderProcess, RecordSettings
+from emstream.record import Recorder, RecordSettings
+from emstream.record_process import RecorderProcess
 from emstream.recording import Recording, disk
 from emstream.recording.writer import RecordingFile
 from tests.conftest import Rig, exact, message
@@ -507,6 +510,75 @@ def test_frames_published_but_never_heard_are_counted() -> None:
     assert heard([each for each in both if each != ("denoised", 4)]) == {"raw": 0, "denoised": 1}
 
 
+def test_frames_never_heard_before_the_look_back_begins_are_no_loss() -> None:
+    ears = module._Heard()
+    for n in (0, 4, 9):
+        ears.receive_raw(frame(raw(n)))
+        ears.receive_denoised(frame(denoised(n)))
+    assert ears.unheard == {"raw": 7, "denoised": 7}
+    (first_ns, *_), (second_ns, *_) = ears._unheard
+    ears.forget(first_ns)
+    assert ears.unheard == {"raw": 7, "denoised": 7}
+    ears.forget(second_ns)
+    assert ears.unheard == {"raw": 4, "denoised": 4}
+    ears.forget(None)
+    assert ears.unheard == {"raw": 0, "denoised": 0}
+
+
+def test_look_back_forgets_what_was_not_heard_before_it(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STATUS_S", 0.05)
+    run = start(output=tmp_path / "r.h5", look_back_s=0.2)
+    run.send(range(3))
+    run.heard(3)
+    run.recorder._heard._published -= 5  # as if five pairs had never come
+    run.send([3])
+    run.heard(4)
+    wait(lambda: sum(run.recorder.status()["unheard"].values()) > 0)
+    number = 4
+
+    def forgotten() -> bool:
+        nonlocal number
+        run.send([number])
+        number += 1
+        return not any(run.recorder.status()["unheard"].values())
+
+    wait(forgotten)
+    run.recorder.begin()
+    run.heard(number)
+    report = run.end()
+    assert report["unheard"] == {"raw": 0, "denoised": 0}
+    assert report["frames"]["raw"] > 0
+
+
+def test_look_back_that_nobody_asked_for_is_not_lost(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(output=tmp_path / "r.h5", look_back_s=1000.0)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
+    run.send(range(5))
+    with pytest.raises(OutputError, match="make room"):
+        run.join()
+    assert run.recorder._lost() == {"raw": 0, "denoised": 0}
+
+
+def test_folder_that_vanishes_ends_the_recording_with_a_word(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(folder: Path) -> None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    run = start(output=tmp_path / "r.h5")
+    run.send(range(3))
+    wait(lambda: run.frames["denoised"] == 3)
+    monkeypatch.setattr(disk.shutil, "disk_usage", gone)
+    with pytest.raises(OutputError, match="cannot be written any more: No such file"):
+        run.join()
+    with Recording(tmp_path / "r.h5") as recording:
+        assert len(recording.raw) == 3
+
+
 def test_recorder_that_comes_in_between_a_pair_misses_nothing() -> None:
     assert heard([("denoised", 3), ("raw", 4), ("denoised", 4)]) == {"raw": 0, "denoised": 0}
 
@@ -514,29 +586,6 @@ def test_recorder_that_comes_in_between_a_pair_misses_nothing() -> None:
 def test_service_that_begins_again_is_no_loss() -> None:
     again = [(topic, n) for n in (7, 8, 0, 1) for topic in ("raw", "denoised")]
     assert heard(again) == {"raw": 0, "denoised": 0}
-
-
-def test_recorder_that_dies_beside_a_service_is_reported_at_once_and_again(
-    rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(module, "_REPEAT_S", 0.01)
-    service = rig({"overrun": Overrun.block})
-    publisher = service.service.publisher
-    recorder = RecorderProcess(RecordSettings(input=publisher.endpoint, output=tmp_path / "r.h5"))
-    recorder.wait_until_it_listens(publisher)
-    service.start()
-    recorder._process.kill()
-    wait(lambda: caplog.text.count("r.h5 any more") > 1)
-    with pytest.raises(OutputError, match=r"r\.h5: the recorder ended without a report"):
-        recorder.finish()
-
-
-def test_service_refuses_a_recording_that_has_no_room_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES - 1)
-    with pytest.raises(OutputError, match="has 64 MiB free"):
-        RecorderProcess(RecordSettings(input="ipc:///nowhere", output=tmp_path / "r.h5"))
 
 
 # -- wrong use --------------------------------------------------------------------------
@@ -566,6 +615,30 @@ def test_folder_that_takes_no_files_is_refused_at_once(
     monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", refuse)
     with pytest.raises(OutputError, match=r"nothing can be written in .*: Read-only file system; let this"):
         recorder(RecordSettings(input="ipc:///x", output=tmp_path / "r.h5"))
+
+
+def test_path_is_whole_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RecordSettings(input="ipc:///x", output=Path("r.h5")).path() == tmp_path / "r.h5"
+    with pytest.raises(OutputError, match=re.escape(f"there is no folder {tmp_path}/nowhere")):
+        RecordSettings(input="ipc:///x", output=Path("nowhere/r.h5")).path()
+
+
+def test_recordings_of_the_same_second_get_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    settings = RecordSettings(input="ipc:///x", output=tmp_path)
+    for name in ("", "_2", "_3"):
+        assert settings.path() == tmp_path / f"emstream-20260102-030405{name}.h5"
+        settings.path().touch()
+    dated = RecordSettings(input="ipc:///x", output=tmp_path / "run.h5", dated=True)
+    assert dated.path().name == "run-20260102-030405.h5"
 
 
 def test_part_of_an_older_recording_is_in_the_way_as_well(tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def test_rate_is_that_of_the_last_second(tmp_path: Path, context: zmq.Context[An
     assert subscribed["state"] == "waiting"
     assert say(100, 1_000_000_000)["frames_per_s"] is None
     assert say(140, 2_000_000_000)["frames_per_s"] == 40
-    assert say(3, 3_000_000_000)["frames_per_s"] is None  # another run of the service
+    assert say(140, 2_010_000_000)["frames_per_s"] == 40  # news of a recorder; too soon for a rate
+    assert say(170, 3_000_000_000)["frames_per_s"] == 30
+    assert say(3, 4_000_000_000)["frames_per_s"] is None  # another run of the service
     heard.close()
     publisher.close(linger=0)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -653,6 +653,50 @@ def test_page_in_a_process_of_its_own_is_served_and_ends(camera: Camera) -> None
             Viewer(connection).take()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S)
+
+
+def test_viewers_words_for_the_recorder_reach_the_service_from_the_pages_own_origin_only(
+    camera: Camera,
+) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with ViewProcess(camera.output, port=0, on_record=told.put) as page:
+        port = int(page.url.rstrip("/").rpartition(":")[2])
+        with pytest.raises(InvalidStatus):
+            connect(f"ws://127.0.0.1:{port}/live", origin=Origin("http://other.example"))
+        with connect(f"ws://127.0.0.1:{port}/live", origin=Origin(f"http://127.0.0.1:{port}")) as connection:
+            viewer = Viewer(connection)
+            assert viewer.take()[0]["can_record"] is True
+            for word in ("begin recording", "end recording"):
+                connection.send(word)
+            assert [told.get(timeout=DEADLINE_S) for _ in range(2)] == ["begin", "end"]
+    assert told.empty()
+
+
+def test_viewer_of_a_page_without_a_recorder_is_refused_to_record(camera: Camera, view: ViewServer) -> None:
+    with live(view) as connection:
+        assert Viewer(connection).take()[0]["can_record"] is False
+        connection.send("begin recording")
+        with suppress(ConnectionClosed):
+            for _ in connection:
+                pass
+        assert connection.close_reason == "this page has no recorder to tell"
+
+
+def test_page_that_dies_is_told_with_what_replaces_it(
+    camera: Camera, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ViewProcess(camera.output, port=0) as page:
+        assert page._listening
+        page._process.kill()
+        page._listening.join(timeout=DEADLINE_S)
+        assert (
+            f"the live page has ended, the service goes on; another one: emstream view --input {camera.output}"
+            in (caplog.text)
+        )
+    caplog.clear()
+    with ViewProcess(camera.output, port=0):
+        pass
+    assert not caplog.text
 
 
 def test_process_of_the_page_says_why_it_cannot_start(tmp_path: Path) -> None:

@@ -96,13 +96,51 @@ def test_array_1_0_frames_are_understood(rig: Any) -> None:
     assert published[0][0]["ndattr"] == {"gain": 2}
 
 
-def test_empty_array_1_0_part_of_a_skipped_frame_is_rejected(rig: Any) -> None:
-    run = rig()
+def array_1_0(frame: int, pixels: bytes = GOOD.tobytes(), **change: Any) -> list[bytes]:
+    text = {"htype": "array-1.0", "shape": [2, 3], "type": "uint8", "frame": frame, "source": "x"} | change
+    return [json.dumps(text).encode(), pixels]
+
+
+def test_empty_array_1_0_part_says_that_the_frame_is_missing(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
     run.start()
-    text = {"htype": "array-1.0", "shape": [2, 3], "type": "uint8", "frame": 0, "source": "x"}
-    run.camera.send_multipart([json.dumps(text).encode(), b""])
-    ledger = run.wait(lambda ledger: ledger["received"] == 1 and ledger["in_flight"] == 0)
-    assert ledger["rejected"] == 1
+    for frame, is_sent in enumerate((True, False, False, True, False, True)):
+        run.camera.send_multipart(array_1_0(frame) if is_sent else array_1_0(frame, b""))
+    run.camera.send_multipart(array_1_0(4))  # it comes after all
+    run.camera.send_multipart(array_1_0(6, b""))
+    run.camera.send_multipart(array_1_0(6, b""))
+    run.camera.send_multipart(array_1_0(7))
+    ledger = run.wait(lambda ledger: ledger["published"] == 5)
+    assert (ledger["received"], ledger["rejected"], ledger["missing"]) == (5, 0, 3)
+    assert [head["frame"] for head, _ in run.published()] == [0, 3, 5, 4, 7]
+
+
+def test_array_1_0_of_the_wrong_size_is_rejected(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    for frame, parts in enumerate(([b"12345"], [b"", b"more"], [b"1234567"], [])):
+        run.camera.send_multipart([array_1_0(frame)[0], *parts])
+    run.camera.send_multipart(array_1_0(4))
+    assert run.wait(lambda ledger: ledger["published"] == 1)["rejected"] == 4
+
+
+def test_what_adzmq_adds_is_understood(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    adzmq = {"timeStamp": 1_164_300_000.25, "encoding": "", "ndattr": {"ColorMode": 0, "Gain": "high"}}
+    run.camera.send_multipart(array_1_0(0, **adzmq))
+    run.camera.send_multipart(array_1_0(1, htype=["array-1.0"], shape=[3, 2], **adzmq))
+    run.camera.send_multipart(array_1_0(2, **adzmq | {"timeStamp": "soon"}))
+    run.wait(lambda ledger: ledger["published"] == 3)
+    (new, pixels), (old, same), (odd, _) = run.published()
+    assert new["timestamp_ns"] == pytest.approx(
+        1_795_452_000_250_000_000, abs=1000, rel=0
+    )  # 2026-11-23 16:40:00.25
+    assert old["timestamp_ns"] == new["timestamp_ns"]
+    assert "timestamp_ns" not in odd
+    assert new["ndattr"] == old["ndattr"] == adzmq["ndattr"]
+    np.testing.assert_array_equal(pixels, GOOD)
+    np.testing.assert_array_equal(same, GOOD)
 
 
 def test_gaps_in_the_cameras_numbers_are_missing(rig: Any) -> None:

@@ -17,6 +17,7 @@ from emstream.frame import PIXEL_TYPES
 log = logging.getLogger(__name__)
 
 _MAX_UNITS = 64  # letters; the units go out in every header
+_STRIP = 8  # times as high as wide no camera's frames are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,10 @@ class Movie:
         self._stored = stored
         try:
             self.shape, self.dtype = check(path, stored.shape, stored.dtype)
+            _check_order(path, self.shape)
         except FileFormatError:
             stored.close()
             raise
-        frames, height, width = self.shape
-        if frames == height > width > 1:
-            log.warning(
-                "%s is read as %d frames of %dx%d px; if it is %d frames of %dx%d, put the frames first: "
-                "numpy.moveaxis(movie, -1, 0)",
-                *(path, frames, height, width, width, frames, height),
-            )
         self.is_image = len(stored.shape) == 2
         size_m = stored.pixel_size_m
         self.pixel_size_m = float(size_m) if size_m and math.isfinite(size_m) and size_m > 0 else None
@@ -145,6 +140,19 @@ def flat(
     check(path, shape, dtype)
     frames = FlatFrames(path, offset, shape, dtype)
     return Stored(shape=shape, dtype=dtype, frame=frames, close=frames.close, pixel_size_m=pixel_size_m)
+
+
+def _check_order(path: Path, shape: tuple[int, int, int]) -> None:
+    """Refuse a stack that surely has its frames last, and warn of one that may."""
+    frames, height, width = shape
+    is_strip = min(frames, height) >= _STRIP * width
+    if width == 1 or not (is_strip or frames == height > width):
+        return
+    read = f"{frames} frames of {height}x{width} px"
+    remedy = f"{width} frames of {frames}x{height}, put the frames first: numpy.moveaxis(movie, -1, 0)"
+    if is_strip and frames == height:
+        raise FileFormatError(f"{path} would be {read}; it seems to be {remedy}")
+    log.warning("%s is read as %s; if it is %s", path, read, remedy)
 
 
 def check(

@@ -26,7 +26,14 @@ _METRES = {"m": 1.0, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "nm": 1e-
 def read(path: Path, dataset: str | None) -> Stored:
     """Open lazily: frames are read one at a time."""
     logging.getLogger("rsciio").setLevel(logging.ERROR)
-    found = _reader(path).file_reader(str(path), lazy=True)
+    try:
+        found = _reader(path).file_reader(str(path), lazy=True)
+    except ValueError as error:
+        if "RGBA" not in str(error):  # which it does not read lazily
+            raise
+        raise FileFormatError(
+            f"{path} holds colour images; emstream takes single-channel electron counts"
+        ) from None
     chosen = _choose(path, found, dataset)
     data, axes = chosen["data"], chosen["axes"]
     kept = tuple(axis for axis, length in enumerate(data.shape) if length > 1 or axis >= data.ndim - 2)

@@ -92,11 +92,12 @@ class Backlog:
             self._changed.notify()
 
     def give_up(self) -> None:
-        """Nothing more will be taken: what waits, and what may yet come, is lost."""
+        """Nothing more will be taken: what waits, and what may yet come, is lost; a look-back is forgotten."""
         with self._changed:
             self._closed = True
             for topic, queue in self._queues.items():
-                self.lost[topic] += sum(entry.frame is not None for _, entry in queue)
+                if self._open:
+                    self.lost[topic] += sum(entry.frame is not None for _, entry in queue)
                 queue.clear()
             self._limit_bytes = self.nbytes = 0
             self._look_back_ns = None
@@ -107,6 +108,13 @@ class Backlog:
         """Whether it was closed and everything taken."""
         with self._changed:
             return self._closed and (not self._open or self._oldest() is None)
+
+    @property
+    def since_ns(self) -> int | None:
+        """When the oldest entry arrived; None without any."""
+        with self._changed:
+            topic = self._oldest()
+            return self._queues[topic][0][1].arrived_ns if topic else None
 
     @property
     def span_s(self) -> float:

@@ -17,8 +17,11 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4,
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written there."""
-    return shutil.disk_usage(folder).free
+    """What may still be written there. Raises OutputError where nobody can tell."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written any more: {error.strerror}") from None
 
 
 def check_writable(folder: Path) -> None:
@@ -45,6 +48,11 @@ def check_room(folder: Path, bytes_per_s: float) -> None:
 def is_low(folder: Path, bytes_per_s: float) -> bool:
     """Whether a recording had better end now, while it still can."""
     return free_bytes(folder) < RESERVE_BYTES + LOW_S * bytes_per_s
+
+
+def seconds_left(free: int, bytes_per_s: float) -> int | None:
+    """How long a recording may go on with `free` bytes [s]; None when nothing comes."""
+    return max(0, int((free - RESERVE_BYTES) / bytes_per_s)) if bytes_per_s > 1 else None
 
 
 def bytes_of(text: str, what: str) -> int:

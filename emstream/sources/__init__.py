@@ -1,7 +1,8 @@
 """Where frames come from: `open_source` turns an ``--input`` URL into a source.
 
-A new kind of camera is a new module here with a class that has ``run(intake, stop)``,
-and a line in SCHEMES.
+A new kind of camera is a module with ``from_url(url)``, which returns an object that has
+``run(intake, stop)``. Here it takes a line in SCHEMES; a package of its own, anywhere, names it in its
+entry points of the group ``emstream.sources``: see "Add your camera" in the README.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from emstream.errors import SourceError
 from emstream.intake import Source
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 
@@ -30,6 +33,7 @@ SCHEMES = {
     "dectris1": "dectris1",
     "dectris1+ipc": "dectris1",
 }
+GROUP = "emstream.sources"
 
 
 def open_source(url: str, max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> Source:
@@ -38,13 +42,30 @@ def open_source(url: str, max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> Sou
     Raises ValueError for a URL that makes no sense, SourceError for one that cannot be opened.
     """
     parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        raise ValueError(f"--input {url!r}: scheme must be one of {', '.join(SCHEMES)}")
-    module = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}")
-    source: Source = module.from_url(
+    if parts.scheme in SCHEMES:
+        make = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}").from_url
+    else:
+        make = _installed(url, parts.scheme)
+    source: Source = make(
         Url(url, parts, dict(parse_qsl(parts.query, keep_blank_values=True)), max_frame_bytes)
     )
     return source
+
+
+def _installed(url: str, scheme: str) -> Callable[[Url], Source]:
+    """The ``from_url`` of a package of somebody else's."""
+    others = {each.name: each for each in entry_points(group=GROUP)}
+    if scheme not in others:
+        raise ValueError(f"--input {url!r}: scheme must be one of {', '.join([*SCHEMES, *others])}")
+    entry = others[scheme]
+    try:
+        make: Callable[[Url], Source] = entry.load()
+    except Exception as error:  # whatever the import of a stranger's module may raise
+        package = entry.dist.name if entry.dist else "a package"
+        raise SourceError(
+            f"{scheme}:// is {entry.value!r} of {package}, which does not load: {type(error).__name__}: {error}"
+        ) from error
+    return make
 
 
 def wait_until(due_s: float, stop: threading.Event) -> bool:
@@ -69,6 +90,16 @@ class Url:
     @property
     def path(self) -> str:
         return unquote(self.parts.netloc + self.parts.path)
+
+    def host_port(self, default_port: int | None = None) -> tuple[str, int]:
+        """What stands behind the ``//``; an address of IPv6 without its brackets."""
+        try:
+            port = self.parts.port or default_port
+        except ValueError:
+            port = None
+        if not self.parts.hostname or not port:
+            raise ValueError(f"--input {self.text!r}: expected {self.parts.scheme}://HOST:PORT")
+        return self.parts.hostname, port
 
     def expect(self, *known: str) -> None:
         """Refuse options that the source does not have."""

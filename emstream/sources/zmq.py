@@ -61,6 +61,7 @@ class ZmqSource:
             context=context,
         )
         self._socket = self._connection.socket
+        self._is_array = False  # the message being read
         self._more, self._discard = self._connection.more, self._connection.discard
         self.endpoint = self._connection.endpoint
 
@@ -78,7 +79,7 @@ class ZmqSource:
         if header is None:
             self._discard()
             return
-        if (header.shape, header.type) == self._proven:
+        if (header.shape, header.type) == self._proven and not self._is_array:
             self._receive_into_row(header, intake)
         else:
             self._receive_and_copy(header, intake)
@@ -98,22 +99,29 @@ class ZmqSource:
             intake.accept()
 
     def _receive_and_copy(self, header: FrameHeader, intake: Intake) -> None:
-        """The first frame of a size or type: no memory is taken on its header's word alone."""
+        """The first frame of a size or type: no memory is taken on its header's word alone.
+
+        And array-1.0, of which empty pixels say that the camera skipped the frame.
+        """
         pixels = self._socket.recv(copy=False).buffer
         surplus = self._discard()
+        if self._is_array and not len(pixels) and not surplus:
+            intake.skip(header)
+            return
         if len(pixels) != header.nbytes or surplus:
             intake.malformed(_SURPLUS if surplus else _WRONG_SIZE)
             return
         row = intake.offer(header)
         if row is not None:
-            _bytes_of(row)[:] = pixels
+            np.copyto(row.reshape(-1).view(np.uint8), np.frombuffer(pixels, np.uint8))
             intake.accept()
             self._proven = (header.shape, header.type)
 
     def _read_header(self, intake: Intake) -> FrameHeader | None:
         """Read up to the pixels; None for a message that is whole without any."""
         part = self._socket.recv()
-        if part[:1] != b"{":  # not array-1.0: what came is the topic
+        self._is_array = part[:1] == b"{"
+        if not self._is_array:  # what came is the topic
             if not self._more():
                 raise MalformedFrame("message of one part is neither native nor array-1.0")
             part = self._socket.recv()

@@ -34,6 +34,13 @@ export class Live {
     if (this.#socket.readyState === WebSocket.OPEN) this.#send();
   }
 
+  // A word at once; false when nobody is there to hear it.
+  say(word) {
+    const open = this.#socket.readyState === WebSocket.OPEN;
+    if (open) this.#socket.send(word);
+    return open;
+  }
+
   #send() {
     this.asked += 1;
     this.#socket.send(this.#request);

@@ -3,6 +3,7 @@
 import { NAMES, colours, words } from "./colours.js";
 import { listen } from "./keys.js";
 import { Live } from "./live.js";
+import { Recording } from "./record.js";
 import { Readout } from "./readout.js";
 import { Side, scaleBar } from "./side.js";
 import { png, save } from "./snapshot.js";
@@ -30,6 +31,7 @@ let answered = -1; // request that the picture on the screen answers
 
 const viewport = new Viewport(stages, () => { draw(); ask(); });
 const timeline = new Timeline(() => ask());
+const recording = new Recording((word) => live.say(word), say);
 const sides = SIDES.map((name) => new Side(name, viewport, setContrast));
 const { latest } = readout;
 
@@ -46,6 +48,7 @@ function take(header) {
   }
   readout.take(header);
   timeline.take(header);
+  recording.take(header);
   if (!header.pictures) return;
   drawBars();
   sides.forEach(nameEdge);
@@ -252,6 +255,7 @@ const actions = {
   fit: () => viewport.fit(),
   png: () => savePng(),
   tiff: () => saveTiff(),
+  record: () => recording.press(),
   help: () => (element("keys").open ? element("keys").close() : element("keys").showModal()),
 };
 for (const [name, action] of Object.entries(actions)) element(name).addEventListener("click", action);
@@ -266,6 +270,7 @@ listen([
     timeline.step((event.key === "ArrowLeft" ? -1 : 1) * (event.shiftKey ? 10 : 1))],
   ["Home", "the oldest frame kept", () => timeline.oldest()],
   ["l End", "live", () => timeline.live()],
+  ["r", "record, with the last seconds; twice: end", actions.record],
   ["w", "wipe, or side by side", actions.wipe],
   ["[ ]", "move the wipe's line", (event) => {
     if (wiped !== null) setWipe(wiped + (event.key === "[" ? -0.05 : 0.05));
@@ -284,5 +289,8 @@ listen([
 ]);
 
 setColours("grey");
-live = new Live(take, () => readout.take({ state: "offline" }));
+live = new Live(take, () => {
+  readout.take({ state: "offline" });
+  recording.take({ state: "offline" });
+});
 ask();

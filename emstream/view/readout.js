@@ -41,6 +41,7 @@ export class Readout {
     const found = FAULTS.filter((name) => this.latest.ledger?.[name] > 0)
       .map((name) => `${whole(this.latest.ledger[name])} ${name}`);
     if (this.latest.in_domain === false) found.push(OUTSIDE);
+    found.push(...this.latest.recording?.faults ?? []);
     return found.join(", ");
   }
 
@@ -58,6 +59,7 @@ export class Readout {
     const mark = element("mark");
     mark.hidden = !this.#faults;
     mark.classList.toggle("seen", this.#faults === this.#seen);
+    mark.title = `${this.#faults} (a click says "seen"; it stays in the ledger)`;
     setText(mark, this.#faults + ago(performance.now() - this.#since));
 
     setText("rate", digits(latest.frames_per_s));

@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from emstream import client, wire
+from emstream import client, recorded, wire
 from emstream.errors import MalformedFrame, SourceError
 from emstream.frame import Frame, now_ns
 from emstream.publish import DENOISED, RAW, STATS
@@ -39,6 +39,7 @@ class Receiver:
         self._heard_ns: int | None = None
         self._ledger: dict[str, float] = {}
         self._engine: dict[str, str] = {}
+        self._recording: dict[str, Any] | None = None
         self._percentiles_ms: dict[str, float] = {}
         self._faults: float | None = None
         self._keys = itertools.count(1)
@@ -78,15 +79,17 @@ class Receiver:
         now, pair = now_ns(), self.newest
         quiet_ns = now - pair.arrived_ns if pair else None
         quiet = quiet_ns is not None and quiet_ns > QUIET_NS
+        serving = self._heard_ns is not None and now - self._heard_ns < _SILENT_NS
         return {
             "state": "waiting" if pair is None else "quiet" if quiet else "live",
             "input": self.endpoint,
-            "serving": self._heard_ns is not None and now - self._heard_ns < _SILENT_NS,
+            "serving": serving,
             "quiet_s": None if quiet_ns is None else round(quiet_ns / 1e9, 1),
             "frames_per_s": 0.0 if quiet else self._frames_per_s,
             "ledger": self._ledger,
             "latency_so_far_ms": self._percentiles_ms,
             "engine": self._engine,
+            "recording": self._recording if serving else None,
         }
 
     def _run(self, subscriber: zmq.Socket[bytes]) -> None:
@@ -104,6 +107,7 @@ class Receiver:
             message = wire.unpack(parts[1].bytes)
             self._note(message)
             self._percentiles_ms = wire.numbers(message.get("latency_ms"), _PERCENTILES)
+            self._recording = recorded.recording_of(message)
             return
         frame, _ = client.read(parts)
         if frame is None:

@@ -13,11 +13,11 @@ A message on /live is binary::
 
     [length of header, 4 bytes, little endian][header, JSON][pixels, uint8 (h, w) of each picture]
 
-The header always has the keys of `Receiver.status`, ``history``, what the viewer may step back
+The header always has the keys of `Receiver.status`, ``can_record``, ``history``, what the viewer may step back
 through, and ``asked``, the requests heard from it so far. Those of `Picture.header` and the pixels
 come only with a pair that this viewer has not been shown as it wants it; ``pictures`` says in which
 order, with shape, region, contrast and histogram of each. A viewer sends the word ``shown``, the
-acknowledgement, or a `Request` as JSON.
+acknowledgement, a `Request` as JSON, or, where ``can_record`` is true, ``begin recording`` or ``end recording``.
 
 ``/header.json?key=`` and ``/snapshot.tif?key=`` are a pair with all it came with.
 """
@@ -58,7 +58,19 @@ from emstream.view.viewer import Viewer
 _STATUS_EVERY_S = 0.5
 _PICTURES_PER_S = 30.0  # to each viewer; more an eye cannot tell
 _START_S = 10.0
-_SCRIPTS = ("page", "live", "stage", "side", "colours", "readout", "timeline", "snapshot", "keys", "text")
+_SCRIPTS = (
+    "page",
+    "live",
+    "stage",
+    "side",
+    "colours",
+    "readout",
+    "timeline",
+    "snapshot",
+    "keys",
+    "record",
+    "text",
+)
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -71,6 +83,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _FILE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_RECORD = {"begin recording": "begin", "end recording": "end"}
 _LONGEST_KEY = 16  # digits
 _NOT_KEPT = "this frame is no longer kept; pause first, then save"
 
@@ -85,17 +98,24 @@ class ViewServer:
 
     Only browsers that ask for the page by a loopback name or by `host` are answered, and
     only the page itself may open /live: other sites' pages stay out. A `host` that other machines
-    can reach asks for a token, which is part of `url`. Port 0 picks a free one.
+    can reach asks for a token, which is part of `url`. Port 0 picks a free one. `on_record` gets ``begin``
+    and ``end`` from the viewers; without it there is no recorder that they could tell.
     """
 
     def __init__(
-        self, input_endpoint: str, host: str = "127.0.0.1", port: int = 8080, token: str | None = None
+        self,
+        input_endpoint: str,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        token: str | None = None,
+        on_record: Callable[[str], None] | None = None,
     ) -> None:
         if not 0 <= port <= 65535:
             raise ValueError(f"port must lie in 0-65535, got {port}")
         self.host, self.port, self.token = host, port, token_for(host, token)
         self._receiver = Receiver(input_endpoint, self._on_pair)
         self._painter = Painter()
+        self._on_record = on_record
         self._viewers: set[Viewer] = set()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -225,7 +245,11 @@ class ViewServer:
             message = await browser.receive()
             if message["type"] == "websocket.disconnect":
                 return
-            viewer.hear(message.get("text") or "")
+            text = message.get("text") or ""
+            if text in _RECORD:
+                self._record(_RECORD[text])
+            else:
+                viewer.hear(text)
             if was_live and not viewer.is_live:
                 self._receiver.history.hold(viewer)
             elif viewer.is_live:
@@ -233,10 +257,17 @@ class ViewServer:
             if viewer.request.average != average:
                 self._keep_averages()
 
+    def _record(self, word: str) -> None:
+        if self._on_record is None:
+            raise ValueError("this page has no recorder to tell")
+        with contextlib.suppress(OSError):  # the service is ending
+            self._on_record(word)
+
     async def _show(self, viewer: Viewer, browser: WebSocket) -> None:
         while True:
             request, past = viewer.request, self._past(viewer)
             message = self._receiver.status() | {
+                "can_record": self._on_record is not None,
                 "history": extent(self._receiver.history.of(viewer)),
                 "asked": viewer.asked,
             }
@@ -338,9 +369,10 @@ def _listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise OutputError(
                 f"cannot serve the live page on {where}: the port is in use; "
-                "stop the other program or choose another one with --port (0 picks a free one)"
+                "stop the other program or choose another one with --port, or --view-port beside a service "
+                "(0 picks a free one)"
             ) from None
         raise OutputError(
             f"cannot serve the live page on {where}: {error.strerror}; "
-            "--host takes a name or an address of this machine"
+            "--host, or --view-host beside a service, takes a name or an address of this machine"
         ) from None

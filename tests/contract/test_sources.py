@@ -18,11 +18,13 @@ import pytest
 import zmq
 
 from emstream import wire
+from emstream.corrections import Corrections, Region
 from emstream.frame import FrameHeader
 from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.sources import open_source
+from tests import mycam
 from tests.conftest import message
 from tests.recordings import raw, record
 
@@ -141,10 +143,20 @@ def simulated(cameras: Cameras, frames: int) -> str:
     return f"sim://?rate=500&height={SHAPE[0]}&width={SHAPE[1]}&frames={frames}"
 
 
+def readme(cameras: Cameras, frames: int) -> str:
+    return mycam.url(mycam.Camera(cameras.background, [mycam.frame(n, picture(n)) for n in range(frames)]))
+
+
 SOURCES: dict[str, Callable[[Cameras, int], str]] = {
     "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "dectris": dectris_v2, "dectris1": dectris_v1,
-    "file": file, "recording": recording, "sim": simulated,
+    "file": file, "recording": recording, "sim": simulated, "mycam of the README": readme,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _camera_of_the_readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with mycam.installed(tmp_path_factory.mktemp("mycam")):
+        yield
 
 
 @pytest.fixture
@@ -157,9 +169,9 @@ def cameras(context: zmq.Context[Any], tmp_path: Path) -> Iterator[Cameras]:
 class Receiver:
     """A source running into a ring that the test empties."""
 
-    def __init__(self, url: str, slots: int = 64) -> None:
+    def __init__(self, url: str, slots: int = 64, corrections: Corrections | None = None) -> None:
         self.ledger, self.ring = Ledger(), Ring(slots, max_batch=1)
-        self.intake = Intake(self.ring, self.ledger, Overrun.block)
+        self.intake = Intake(self.ring, self.ledger, Overrun.block, corrections)
         self.stop = threading.Event()
         self.source = open_source(url)
         self.thread = threading.Thread(target=self.source.run, args=(self.intake, self.stop))
@@ -203,6 +215,26 @@ def test_frames_arrive_in_order_and_whole(open_camera: Any) -> None:
             np.testing.assert_array_equal(pixels, picture(n))
     ledger = receiver.ledger.snapshot()
     assert (ledger["received"], ledger["missing"], ledger["rejected"]) == (20, 0, 0)
+
+
+def test_frames_are_corrected_once_and_say_so(open_camera: Any) -> None:
+    mask, dark = np.zeros(SHAPE, np.uint8), np.random.default_rng(0).uniform(0, 9, SHAPE)
+    mask[4, 5] = 1
+    corrections = Corrections(
+        gain=2.0, offset=1.0, offset_map=dark, flat_field=dark + 1, mask=mask, binning=2,
+        roi=Region(30, 40, 2, 4),
+    )  # fmt: skip
+    receiver = open_camera(5, corrections=corrections)
+    for n, (head, pixels) in enumerate(receiver.frames(5)):
+        assert (head.frame, head.shape, head.type, pixels.shape) == (n, (15, 20), "float32", (15, 20))
+        (record,) = head.extra["corrections"]
+        assert (record["gain"], record["offset"], record["binning"]) == (2.0, 1.0, 2)
+        assert (record["roi"], record["bad_pixels"]) == ("30x40+2+4", 1)
+        assert {"mask", "flat_field", "offset_map"} <= set(record)
+        if open_camera.kind != "sim":
+            expected = np.empty((15, 20), np.float32)
+            corrections.apply(picture(n), expected)
+            np.testing.assert_array_equal(pixels, expected)
 
 
 def test_stop_ends_the_source_within_a_second(open_camera: Any) -> None:

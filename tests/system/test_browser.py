@@ -6,6 +6,8 @@ import base64
 import http.client
 import itertools
 import json
+import queue
+import re
 import shutil
 import subprocess
 import threading
@@ -22,6 +24,9 @@ from websockets.sync.client import ClientConnection, connect
 
 from emstream.inference import IdentityEngine
 from emstream.intake import Overrun
+from emstream.record import RecordSettings
+from emstream.record_process import RecorderProcess
+from emstream.recording import Recording
 from emstream.view import ViewServer
 from tests.conftest import Rig, message
 from tests.test_view import CARD, assert_shows
@@ -715,3 +720,142 @@ def test_page_for_other_machines_opens_with_its_token_and_not_without(tab: Tab, 
         tab.open(f"http://127.0.0.1:{view.port}/?token={view.token}")
         tab.wait_for_frame_after(2)
         assert tab.evaluate("location.search") == ""
+
+
+# -- recording --------------------------------------------------------------------------
+
+RECORD_IS = "document.getElementById('record').dataset.state === '%s'"
+RECORDED = "(Number(document.getElementById('recording').dataset.frames) > %d)"
+
+
+@pytest.fixture
+def recorder(rig: Callable[..., Rig], tmp_path: Path) -> Iterator[tuple[Camera, RecorderProcess]]:
+    """A camera, and behind its service a recorder that looks back."""
+    pytest.importorskip("hdf5plugin")
+    run = rig({"overrun": Overrun.block})
+    output = run.service.publisher.endpoint
+    process = RecorderProcess(
+        RecordSettings(input=output, output=tmp_path, look_back_s=1000.0),
+        on_status=run.service.pipeline.note_recording,
+    )
+    process.wait_until_it_listens(run.service.publisher)
+    run.start()
+    camera = Camera(run)
+    yield camera, process
+    camera.pause()
+    if process._process.is_alive():
+        process.finish()
+    else:
+        process._asked.set()
+        process._end()
+
+
+def test_record_button_records_what_came_before_it_and_ends_when_pressed_twice(
+    tab: Tab, recorder: tuple[Camera, RecorderProcess], tmp_path: Path
+) -> None:
+    camera, process = recorder
+    camera.go()
+    with ViewServer(camera.output, port=0, on_record=process.tell) as view:
+        tab.open(view.url)
+        tab.wait_for_frame_after(20)
+        tab.wait(RECORD_IS % "looking back")
+        assert tab.text("record-label") == "Record"
+        tab.wait(r"/last [1-9]\d* s kept/.test(document.getElementById('recording').textContent)")
+        tab.press("r")
+        tab.wait(RECORD_IS % "recording")
+        past = re.fullmatch(r"Recording, with the last (\d+) s", tab.text("message"))
+        assert past
+        assert int(past[1]) > 0
+        assert tab.evaluate("document.getElementById('record').getAttribute('aria-pressed')") == "true"
+        tab.wait(RECORDED % 40)
+        tab.wait("document.getElementById('recording').textContent.includes('disk for')")
+        for width, height in ((390, 844), (820, 1180), (SCREEN["width"], SCREEN["height"])):
+            tab.call("Emulation.setDeviceMetricsOverride", **SCREEN | {"width": width, "height": height})
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert tab.evaluate(CUT_OFF) == []
+        tab.press("r")  # once is not enough
+        assert tab.text("record-label") == "End?"
+        tab.wait("document.getElementById('record-label').textContent === 'Recording'")
+        assert tab.evaluate(RECORD_IS % "recording")
+        for _ in range(2):
+            tab.evaluate("document.getElementById('record').click()")
+        tab.wait(RECORD_IS % "looking back")
+        assert tab.text("record-label") == "Record"
+        assert tab.evaluate("document.getElementById('mark').hidden")
+        tab.press("R")
+        tab.wait(RECORD_IS % "recording")
+    camera.pause()
+    process.finish()
+    first, second = sorted(tmp_path.glob("emstream-*.h5"))
+    with Recording(first) as recording:
+        assert recording.ended == "stopped"
+        assert recording.raw.numbers[0] == 0  # though the button was pressed at frame 20 or later
+        assert len(recording.raw) > 40
+        np.testing.assert_array_equal(recording.raw[5], counts(5))
+        last = int(recording.raw.numbers[-1])
+    with Recording(second) as recording:
+        assert recording.raw.numbers[0] > last
+    assert not tab.complaints
+
+
+def test_recorder_that_dies_is_marked_in_red_and_the_button_says_why_it_does_nothing(
+    tab: Tab, recorder: tuple[Camera, RecorderProcess]
+) -> None:
+    camera, process = recorder
+    camera.go()
+    with ViewServer(camera.output, port=0, on_record=process.tell) as view:
+        tab.open(view.url)
+        tab.wait(RECORD_IS % "looking back")
+        process._process.kill()
+        tab.wait("!document.getElementById('mark').hidden")
+        assert tab.text("mark").startswith("the recorder failed")
+        assert tab.evaluate("document.querySelector('header').offsetHeight") < 100
+        assert tab.style("mark", "backgroundColor") == RED
+        tab.evaluate("document.getElementById('record').click()")
+        assert "start emstream serve again" in tab.text("message")
+        assert tab.evaluate("document.getElementById('record').getAttribute('aria-disabled')") == "true"
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert not tab.complaints
+
+
+def test_recording_that_ended_by_itself_is_marked_in_red_and_the_button_begins_again(
+    tab: Tab, rig: Callable[..., Rig]
+) -> None:
+    run = rig()
+    run.start()
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    run.service.pipeline.note_recording({"state": "ended", "why": "disk low"})
+    with ViewServer(run.service.publisher.endpoint, port=0, on_record=told.put) as view:
+        tab.open(view.url)
+        tab.wait("!document.getElementById('mark').hidden")
+        assert tab.text("mark").startswith("recording ended: disk low")
+        tab.press("r")
+        assert told.get(timeout=DEADLINE_S) == "begin"
+        button = "document.getElementById('record')"
+        assert tab.evaluate(f"{button}.title") == "recording ended: disk low; press to record again (R)"
+        run.service.pipeline.note_recording({"state": "recording", "lost": {"raw": 0, "denoised": 7}})
+        tab.wait(RECORD_IS % "recording")
+        tab.wait("document.getElementById('mark').textContent.startsWith('7 denoised not recorded')")
+    assert not tab.complaints
+
+
+def test_record_button_without_a_recorder_says_how_to_have_one(page: Tab) -> None:
+    page.wait("document.getElementById('record').title.startsWith('No recorder')")
+    page.press("r")
+    assert "--record FOLDER" in page.text("message")
+    number = page.number("frame")
+    page.wait_for_frame_after(number)  # the page goes on
+    assert page.evaluate("document.getElementById('mark').hidden")
+
+
+def test_page_of_another_program_cannot_tell_the_recorder_and_says_so(
+    tab: Tab, recorder: tuple[Camera, RecorderProcess]
+) -> None:
+    camera, _ = recorder
+    camera.go()
+    with ViewServer(camera.output, port=0) as view:
+        tab.open(view.url)
+        tab.wait(RECORD_IS % "looking back")
+        tab.press("r")
+        assert "emstream serve --view" in tab.text("message")
+        assert tab.text("record-label") == "Record"

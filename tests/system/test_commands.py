@@ -18,7 +18,9 @@ import tifffile
 import zmq
 
 from emstream import wire
+from emstream.recording import Recording
 from tests.conftest import exact, message
+from tests.digital_micrograph import write_dm
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,6 +177,27 @@ def test_denoise_takes_any_size_and_type(tmp_path: Path, shape: tuple[int, ...],
     assert 0.2 < clean.mean() < 0.8
 
 
+@pytest.mark.parametrize(("suffix", "version"), [(".dm3", 3), (".dm4", 4)])
+def test_movie_of_digital_micrograph_is_denoised_and_replayed(
+    tmp_path: Path, suffix: str, version: int
+) -> None:
+    pytest.importorskip("rsciio", reason="needs rosettasciio: pip install 'emstream[files]'")
+    movie = np.random.default_rng(0).poisson(2.0, (6, 32, 48)).astype(np.uint16)
+    path = tmp_path / f"m{suffix}"
+    write_dm(path, movie, version)
+    done = emstream("denoise", path, tmp_path / "out.tif", "--engine", "identity", "--json")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out.tif"), movie)
+    done = emstream("serve", "--input", f"file://{path}?rate=50", "--engine", "identity", "--output",
+                    f"ipc://{tmp_path}/out", "--overrun", "block", "--record", tmp_path / "r.h5", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ledger"]["published"] == 6
+    with Recording(tmp_path / "r.h5") as recording:
+        for n in range(6):
+            np.testing.assert_array_equal(recording.raw[n], movie[n])
+            assert recording.raw.header(n)["pixel_size_m"] == pytest.approx(5e-11)
+
+
 def test_denoise_warns_about_adu(tmp_path: Path) -> None:
     np.save(tmp_path / "adu.npy", np.full((40, 40), 1000, np.uint16))
     done = emstream("denoise", tmp_path / "adu.npy", tmp_path / "out.npy")
@@ -198,6 +221,8 @@ def test_info_reads_the_card() -> None:
         (("serve", "--input", "sim://", "--overrun", "panic"), 2, "drop-oldest"),
         (("serve", "--input", "sim://", "--frames", "0"), 2, "frames must be at least 1, got 0"),
         (("serve", "--input", "sim://", "--expect", "big"), 2, "expect must look like 512x512:uint8"),
+        (("serve", "--input", "sim://", "--output", "tcp://*:1?format=csv"), 2, "format must be emstream or"),
+        (("serve", "--input", "sim://", "--output", "tcp://*:1", "--output", "tcp://*:2"), 2, "native once"),
         (("serve", "--input", "sim://", "--slots", "1"), 2, "at least 2 slots, got 1"),
         (("serve", "--input", "file:///nowhere/movie.npy"), 1, "/nowhere/movie.npy"),
         (("camera", "--rate", "0"), 2, "rate must be positive, got 0.0 frames/s"),
@@ -225,6 +250,36 @@ def test_output_port_in_use_is_explained(context: zmq.Context[Any]) -> None:
     assert done.returncode == 1
     assert "the address is in use" in done.stderr
     taken.close()
+
+
+def test_service_publishes_in_three_formats_at_once(tmp_path: Path, context: zmq.Context[Any]) -> None:
+    other = f"ipc://{tmp_path}/other"
+    service = start("serve", "--input", "sim://?rate=200&height=32&width=48", "--engine", "identity",
+                    "--frames", 400, "--json", "--output", f"ipc://{tmp_path}/native",
+                    "--output", f"{other}1?format=array-1.0&stream=raw",
+                    "--output", f"{other}2?format=karabo-bridge")  # fmt: skip
+    line_with(service, f"karabo-bridge, denoised, rep: {other}2")
+    sockets = [context.socket(kind) for kind in (zmq.SUB, zmq.SUB, zmq.REQ)]
+    for socket, name in zip(sockets, ("native", "other1", "other2"), strict=True):
+        socket.rcvtimeo = 20_000
+        socket.connect(f"ipc://{tmp_path}/{name}")
+    sockets[0].subscribe(b"denoised")
+    sockets[1].subscribe(b"")
+    sockets[2].send(b"next")
+    native, array, karabo = (socket.recv_multipart() for socket in sockets)
+    assert native[0] == b"denoised"
+    assert json.loads(array[0])["htype"] == "array-1.0"
+    assert len(array[1]) == 32 * 48
+    assert wire.unpack(karabo[2])["path"] == "image.data"
+    assert len(karabo[3]) == 32 * 48 * 4
+    for socket in sockets:
+        socket.close(linger=0)
+    out, err = service.communicate(timeout=60)
+    assert service.returncode == 0, err
+    report = json.loads(out)
+    assert report["ledger"]["published"] == 400
+    assert [each["format"] for each in report["outputs"]] == ["array-1.0", "karabo-bridge"]
+    assert all(each["sent"] >= 1 for each in report["outputs"])
 
 
 @pytest.mark.parametrize("command", ["demo", "serve", "camera", "view", "status", "denoise", "info"])

@@ -15,6 +15,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from emstream.client import subscribe
 from emstream.frame import now_ns
@@ -23,6 +25,7 @@ from emstream.sources.specimen import MovingSpecimen
 from tests.conftest import exact
 from tests.system.test_commands import ROOT, emstream, line_with, start
 from tests.test_record import wait
+from tests.test_view import Viewer
 
 pytest.importorskip("hdf5plugin")
 
@@ -199,6 +202,46 @@ def test_service_records_what_it_publishes_from_the_first_frame_to_the_last(tmp_
     with Recording(path) as recording:
         assert recording.raw.numbers.tolist() == recording.denoised.numbers.tolist() == list(range(40))
         assert recording.report["ledger"] == report["ledger"]
+
+
+def test_recordings_are_begun_and_ended_from_the_page_of_the_service(
+    tmp_path: Path, running: Callable[..., subprocess.Popen[str]]
+) -> None:
+    pytest.importorskip("uvicorn")
+    service = running("serve", "--input", f"sim://?rate={RATE}&height={SIZE}&width={SIZE}", "--engine", "identity",
+                      "--output", f"ipc://{tmp_path}/out", "--record", tmp_path, "--look-back", "30",
+                      "--view", "--view-port", "0", "--json")  # fmt: skip
+    url = line_with(service, r"live page: http://(\S+)/")[1]
+    with connect(f"ws://{url}/live", origin=Origin(f"http://{url}"), max_size=None) as connection:
+        viewer = Viewer(connection)
+
+        def until(state: str, frames: int = 0) -> dict[str, Any]:
+            while True:
+                recording: dict[str, Any] = viewer.take()[0]["recording"] or {}
+                viewer.acknowledge()
+                if recording.get("state") == state and recording["frames"]["denoised"] >= frames:
+                    return recording
+
+        until("looking back")
+        connection.send("begin recording")
+        path = Path(until("recording", frames=20)["path"])
+        connection.send("end recording")
+        until("looking back")
+        with Recording(path) as recording:
+            assert recording.ended == "stopped"
+        connection.send("begin recording")
+        until("recording", frames=20)
+        connection.send("end recording")
+    figures = emstream("status", "--input", f"ipc://{tmp_path}/out", "--json")
+    assert json.loads(figures.stdout)["recording"]["faults"] == []
+    service.send_signal(signal.SIGINT)
+    out, err = service.communicate(timeout=60)
+    assert service.returncode == 0, err
+    report = json.loads(out)["recording"]
+    assert [Path(each).suffix for each in report["files"]] == [".h5"] * 2
+    assert report["files"][0] == str(path)
+    assert report["frames"]["raw"] >= 40
+    assert "a viewer tells the recorder: begin" in err
 
 
 def test_replay_through_the_same_engine_gives_the_same_frames_bit_by_bit(tmp_path: Path) -> None:

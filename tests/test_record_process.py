@@ -1,0 +1,290 @@
+"""The recorder's process: told to begin and to end, it says how it fares, to the service and to whoever looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emstream import record_process
+from emstream.errors import OutputError
+from emstream.intake import Overrun
+from emstream.record import RecordSettings
+from emstream.record_process import RecorderProcess
+from emstream.recorded import duration, recording_of
+from emstream.recording import Recording, disk
+from emstream.status import statuses
+from tests.conftest import Rig, message
+from tests.test_record import pixels, wait
+from tests.test_status import printed
+
+pytest.importorskip("hdf5plugin")
+
+
+class Beside:
+    """A service with a recorder beside it."""
+
+    def __init__(self, rig: Rig, output: Path, **settings: Any) -> None:
+        self.rig = rig
+        self.publisher = rig.service.publisher
+        self.recorder = RecorderProcess(
+            RecordSettings(input=self.publisher.endpoint, output=output, **settings),
+            on_status=rig.service.pipeline.note_recording,
+        )
+        self.recorder.wait_until_it_listens(self.publisher)
+        rig.start()
+        self.sent = 0
+
+    def send(self, frames: int) -> None:
+        for _ in range(frames):
+            self.rig.camera.send_multipart(message(self.sent, pixels(self.sent)))
+            self.sent += 1
+
+    def is_(self, state: str) -> bool:
+        return bool(self.recorder.status()["state"] == state)
+
+    def records(self, frames: int) -> None:
+        wait(lambda: self.is_("recording") and self.recorder.status()["frames"]["denoised"] == frames)
+
+    def figures(self) -> Iterator[dict[str, Any]]:
+        return statuses(self.publisher.endpoint, silent_s=20)
+
+
+@pytest.fixture
+def beside(rig: Any, tmp_path: Path) -> Iterator[Callable[..., Beside]]:
+    started: list[Beside] = []
+
+    def make(output: Path = tmp_path, **settings: Any) -> Beside:
+        started.append(Beside(rig({"overrun": Overrun.block}), output, **settings))
+        return started[-1]
+
+    yield make
+    for each in started:
+        each.recorder._process.kill()
+        each.recorder._asked.set()
+        each.recorder._end()
+
+
+@pytest.fixture
+def own_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 120 MiB."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def numbers(path: str) -> list[int]:
+    with Recording(path) as recording:
+        assert recording.ended == "stopped"
+        assert recording.raw.numbers.tolist() == recording.denoised.numbers.tolist()
+        found: list[int] = recording.raw.numbers.tolist()
+    return found
+
+
+@pytest.mark.parametrize("name", [".", "run.h5"])
+def test_recordings_begin_and_end_as_told_each_with_what_came_before(
+    beside: Callable[..., Beside], tmp_path: Path, name: str
+) -> None:
+    run = beside(tmp_path / name, look_back_s=1000.0)
+    run.send(5)
+    wait(lambda: run.is_("looking back") and run.rig.ledger["published"] == 5)
+    run.recorder.end()  # of nothing
+    run.recorder.begin()
+    run.records(5)
+    run.send(3)
+    run.records(8)
+    run.recorder.begin()  # it does already
+    run.recorder.end()
+    wait(lambda: run.is_("waiting"))
+    first = run.recorder.status()["path"]
+    assert numbers(first) == list(range(8))
+    run.send(2)
+    wait(lambda: run.is_("looking back"))
+    run.recorder.begin()
+    run.send(1)
+    run.records(3)
+    run.rig.stop()
+    report = run.recorder.finish()
+    assert report["files"][0] == first
+    assert numbers(report["files"][1]) == [8, 9, 10]
+    assert report["frames"] == {"raw": 11, "denoised": 11}
+    assert sum((*report["lost"].values(), *report["unheard"].values(), report["missing"])) == 0
+    assert {Path(path).parent for path in report["files"]} == {tmp_path}
+    if name != ".":
+        assert first == str(tmp_path / name)
+        assert Path(report["files"][1]).match("run-*.h5")
+
+
+def test_recording_without_a_look_back_begins_at_once_and_again_when_told(
+    beside: Callable[..., Beside],
+) -> None:
+    run = beside()
+    run.send(4)
+    run.records(4)
+    run.recorder.end()
+    wait(lambda: run.is_("waiting"))
+    run.send(3)
+    run.recorder.begin()
+    run.send(1)
+    wait(lambda: run.is_("recording") and run.recorder.status()["frames"]["denoised"] > 0)
+    run.rig.stop()
+    assert len(run.recorder.finish()["files"]) == 2
+
+
+def test_statistics_of_the_service_say_how_the_recorder_fares(beside: Callable[..., Beside]) -> None:
+    run = beside(look_back_s=1000.0)
+    heard = run.figures()
+    figures = next(heard)
+    assert figures["recording"]["state"] == "waiting"
+    run.send(4)
+    wait(lambda: run.is_("looking back"))
+    run.recorder.begin()
+    run.records(4)
+    for figures in heard:
+        recording = figures["recording"]
+        if recording["frames"] == {"raw": 4, "denoised": 4}:
+            break
+    assert recording["faults"] == figures["alarms"] == []
+    assert Path(recording["path"]).exists()
+    assert recording["free_bytes"] > disk.RESERVE_BYTES
+    assert "recording   4 raw  4 denoised" in printed(figures)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_recorder_that_dies_is_an_alarm_for_whoever_looks(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(record_process, "_REPEAT_S", 0.01)
+    run = beside()
+    heard = run.figures()
+    next(heard)
+    run.recorder._process.kill()
+    for figures in heard:
+        if figures["recording"]["state"] == "failed":
+            break
+    (alarm,) = figures["alarms"]
+    assert alarm.startswith("the recorder failed: ")
+    assert "the recorder ended without a report; what it had committed is readable" in alarm
+    assert "the recorder failed" in printed(figures)
+    wait(lambda: caplog.text.count("any more") > 1)
+    with pytest.raises(OutputError, match="the recorder ended without a report"):
+        run.recorder.finish()
+
+
+def test_recording_that_a_full_disk_ended_begins_again_when_told_once_there_is_room(
+    beside: Callable[..., Beside], own_disk: Path
+) -> None:
+    run = beside(own_disk)
+    run.send(3)
+    run.records(3)
+    heard = run.figures()
+    next(heard)
+    filling = own_disk / "others"
+    filling.write_bytes(bytes(disk.free_bytes(own_disk) - disk.RESERVE_BYTES + 1_000_000))
+    wait(lambda: run.is_("ended"))
+    for figures in heard:
+        if figures["alarms"]:
+            break
+    assert figures["alarms"] == ["recording ended: disk low"]
+    run.recorder.begin()  # there is no room yet
+    wait(lambda: "make room" in (run.recorder.status().get("why") or ""))
+    assert run.is_("ended")
+    filling.unlink()
+    run.recorder.begin()
+    wait(lambda: run.is_("recording"))
+    run.send(4)
+    run.records(4)
+    run.rig.stop()
+    report = run.recorder.finish()
+    assert report["ended"] == "failed"
+    assert "make room" in report["error"]
+    first, second = report["files"]
+    with Recording(first) as recording:
+        assert (recording.ended, len(recording.raw)) == ("disk low", 3)
+    assert numbers(second) == [3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_recorder_that_hangs_is_said_to_be_silent_until_it_goes_on(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_process, "_SILENT_S", 2.0)
+    run = beside(look_back_s=1000.0)
+    run.send(2)
+    wait(lambda: run.is_("looking back"))
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    wait(lambda: run.is_("silent"))
+    said = recording_of({"recording": run.recorder.status()})
+    assert said
+    assert said["faults"] == ["the recorder is silent: nothing heard from it for 2 s"]
+    os.kill(pid, signal.SIGCONT)
+    wait(lambda: run.is_("looking back"))
+    run.recorder.begin()
+    run.records(2)
+
+
+def test_word_to_a_dead_recorder_is_no_error(
+    beside: Callable[..., Beside],
+) -> None:
+    run = beside(look_back_s=1000.0)
+    run.recorder._process.kill()
+    wait(lambda: run.is_("failed"))
+    run.recorder.tell("begin")  # to nobody
+    assert run.is_("failed")
+
+
+def test_service_refuses_a_recording_that_has_no_room_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE_BYTES - 1)
+    with pytest.raises(OutputError, match="has 64 MiB free"):
+        RecorderProcess(RecordSettings(input="ipc:///nowhere", output=tmp_path / "r.h5"))
+
+
+# -- what comes over the wire ---------------------------------------------------------
+
+
+def test_losses_are_faults_in_words() -> None:
+    said = {"state": "recording", "lost": {"raw": 0, "denoised": 1200}, "unheard": {"raw": 2, "denoised": 0}}
+    found = recording_of({"recording": said})
+    assert found is not None
+    assert found["faults"] == [
+        "1,200 denoised not recorded: no room or slow disk",
+        "2 raw not recorded: never heard",
+    ]
+
+
+@pytest.mark.parametrize(
+    "said", [None, 3, [], {}, {"state": "sleeping"}, {"state": ["recording"]}, {"lost": {"raw": 1}}]
+)
+def test_what_makes_no_sense_is_no_recorder(said: Any) -> None:
+    assert recording_of({"recording": said}) is None
+
+
+def test_what_is_no_number_and_no_text_is_left_out() -> None:
+    said = {"state": "failed", "why": "\x1b[2J", "path": 4, "lost": {"raw": "9", "denoised": float("nan")},
+            "frames": [1], "disk_s": None, "free_bytes": float("inf")}  # fmt: skip
+    assert recording_of({"recording": said}) == {
+        "state": "failed", "why": "\ufffd[2J", "lost": {}, "frames": {}, "unheard": {},
+        "faults": ["the recorder failed: \ufffd[2J"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (119, "119 s"), (720, "12 min"), (7200, "2 h"), (1e6, "12 d")]
+)
+def test_durations_are_told_in_one_unit(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
