@@ -29,6 +29,8 @@ SCHEMES = {
     "dectris+ipc": "dectris",
     "dectris1": "dectris1",
     "dectris1+ipc": "dectris1",
+    "pva": "epics",
+    "merlin": "merlin",
 }
 
 
