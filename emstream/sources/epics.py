@@ -74,12 +74,13 @@ class EpicsSource:
 
     def run(self, intake: Intake, stop: threading.Event) -> None:
         log.info("waiting for frames from pva://%s", self.channel)
-        patience_s = _FIRST_PATIENCE_S
+        patience_s, said = _FIRST_PATIENCE_S, False
         while not stop.is_set():
             if self._subscribe(intake, stop, patience_s):
-                patience_s = _FIRST_PATIENCE_S
+                patience_s, said = _FIRST_PATIENCE_S, True
                 continue
-            if patience_s == _FIRST_PATIENCE_S and not stop.is_set():
+            if not said and not stop.is_set():
+                said = True
                 log.warning(
                     "nobody serves the channel %s%s; waiting for it",
                     self.channel,
