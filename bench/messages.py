@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,11 @@ def mpx(payload: bytes) -> bytes:
 def ndarray(number: int, pixels: np.ndarray, codec: str = "", data: bytes = b"") -> Any:
     """An NTNDArray of `pixels` (H, W), or of what `codec` made of them: `data`."""
     from p4p import Value
-    from p4p.nt import NTNDArray
 
     kind = pixels.dtype.name
     packed = np.frombuffer(data, np.uint8)
     return Value(
-        NTNDArray().type,
+        _ndarray_type(),
         {
             "value": ("ubyteValue", packed) if codec else (_FIELDS[kind], pixels.reshape(-1)),
             "codec": {"name": codec, "parameters": _SCALAR_TYPES[kind]},
@@ -72,3 +72,10 @@ def ndarray(number: int, pixels: np.ndarray, codec: str = "", data: bytes = b"")
             "attribute": [{"name": "ColorMode", "value": 0}],
         },
     )
+
+
+@functools.cache
+def _ndarray_type() -> Any:
+    from p4p.nt import NTNDArray
+
+    return NTNDArray().type
