@@ -84,7 +84,9 @@ class EpicsSource:
                 log.warning(
                     "nobody serves the channel %s (%s); waiting for it",
                     self.channel,
-                    "is server= right?" if self._where else "is EPICS_PVA_ADDR_LIST right? or give server=HOST",
+                    "is server= right?"
+                    if self._where
+                    else "is EPICS_PVA_ADDR_LIST right? or give server=HOST",
                 )
             patience_s = min(2 * patience_s, _LAST_PATIENCE_S)
 
