@@ -18,6 +18,7 @@ every raw frame with what the simulator was given. Frames of each life are numbe
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -48,6 +49,7 @@ _EPICS = {
     "EPICS_PVA_ADDR_LIST": "127.0.0.1",
     "EPICS_PVA_AUTO_ADDR_LIST": "NO",
 }
+_PACKAGES = ("pvapy", "libertem-live", "libertem-dectris")
 _V1 = """
 import sys, libertem_dectris
 simulator = libertem_dectris.DectrisSim.new_mocked(sys.argv[1], int(sys.argv[2]))
@@ -102,6 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     os.environ.update(_EPICS)
     bin = arguments.simulators.resolve()
     results: dict[str, Any] = {**report.stamp("interop", argv), "cases": [], "not_installed": []}
+    results["simulators"] = _versions(bin)
     with tempfile.TemporaryDirectory() as folder:
         cases = [
             case
@@ -355,6 +358,18 @@ def _dectris1(bin: Path, folder: Path, arguments: Any) -> list[Case]:
     ]
 
 
+def _versions(bin: Path) -> dict[str, str]:
+    """Of what is installed in that environment."""
+    ask = (
+        "import json, sys; from importlib import metadata\n"
+        "print(json.dumps({n: metadata.version(n) for n in sys.argv[1:]"
+        " if any(d.name == n for d in metadata.distributions())}))"
+    )
+    done = subprocess.run([bin / "python", "-c", ask, *_PACKAGES], capture_output=True, text=True)
+    versions: dict[str, str] = json.loads(done.stdout) if done.returncode == 0 else {}
+    return versions
+
+
 def _installed(case: Case) -> bool:
     if case.program == "libertem_dectris":
         tried = [case.command[0], "-c", "import libertem_dectris"]
@@ -392,8 +407,10 @@ def _markdown(results: dict[str, Any]) -> str:
     columns = ["camera", "simulator", "what", "sent, as it says", "received", "published", "missing", "dropped",
                "rejected", "frames/s", "series seen", "compared", "wrong"]  # fmt: skip
     left = ", ".join(results["not_installed"])
-    return f"{report.table(columns, rows)}\n\nEvery ledger adds up, with nothing in flight at the end." + (
-        f" Not installed, so not run: {left}." if left else ""
+    versions = ", ".join(f"{name} {version}" for name, version in results["simulators"].items())
+    return (
+        f"{report.table(columns, rows)}\n\n{versions}. Every ledger adds up, with nothing in flight at the end."
+        + (f" Not installed, so not run: {left}." if left else "")
     )
 
 

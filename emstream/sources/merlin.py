@@ -4,8 +4,6 @@ Frames of U08, U16 and U32 go from the socket straight into their row of the rin
 unpacked into it: one chip of 1, 6, 12 or 24 bits, 2x2 chips of 1, 6 or 12. Each acquisition header
 begins a series; without one, a series begins where the frames' numbers fall back. Bytes that are no
 message are rejected, once for each stretch of them, and the stream goes on with the next message.
-
-Merlin takes one client. It keeps what is not fetched, and drops when its memory is full.
 """
 
 from __future__ import annotations
