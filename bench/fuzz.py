@@ -2,8 +2,9 @@
 
 Good messages of each stream are damaged at random, seeded: bytes changed, cut out, put in or doubled, mostly
 near the front, where the meaning is. PVAccess' messages are taken apart by its own library; of its structures
-fields lie, and compressed pixels are damaged. Of Merlin it is whole connections, of one message or three. Every one is decoded as `emstream serve` would. Whatever happens must be
-a frame, a mark or a rejection with a reason, and nothing but these; the ledger must add up each time.
+fields lie, and compressed pixels are damaged. Of Merlin it is whole connections, of one message or three.
+Every one is decoded as `emstream serve` would. Whatever happens must be a frame, a mark or a rejection with a
+reason, and nothing but these; the ledger must add up each time.
 """
 
 from __future__ import annotations

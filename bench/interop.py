@@ -172,12 +172,12 @@ def _play_whole(case: Case, ear: _Ear) -> dict[str, Any]:
         begun = ear.received
         if case.frames:
             last_s = ear.until(lambda: ear.received >= (case.frames or 0), simulator)
-            sent: int | None = case.frames
+            sent, said = case.frames, None
         else:
             ear.until(lambda: simulator.ended, None, patience_s=600)
             last_s = ear.until(ear.quiet, None)
-            sent = simulator.published()
-        rate = (ear.received - begun) / max(last_s - first_s, 1e-9)
+            sent, said = simulator.published()
+        rate = said or (ear.received - begun) / max(last_s - first_s, 1e-9)
     return {"sent": sent, "lives": 1, "frames_per_s": round(rate, 1)}
 
 
@@ -273,9 +273,12 @@ class _Simulator:
         self._file.seek(0)
         return self._file.read().decode(errors="replace")[-3000:]
 
-    def published(self) -> int | None:
-        match = re.search(r"Published frames:\s+(\d+)", self.log())
-        return int(match[1]) if match else None
+    def published(self) -> tuple[int, float]:
+        """Frames and frames/s, as it says itself."""
+        match = re.search(r"Published frames:\s+(\d+) @ ([\d.]+) fps", self.log())
+        if not match:
+            raise RuntimeError(f"the simulator does not say what it sent:\n{self.log()}")
+        return int(match[1]), float(match[2])
 
     def __enter__(self) -> _Simulator:
         return self
