@@ -69,7 +69,7 @@ def test_raw_frame_is_unpacked(bits: int, chips: int) -> None:
     line = Line().play(*(raw(n, pixels, bits, chips) for n in (1, 2)), image(3, PIXELS))
     if (bits, chips) == (24, 4):
         (said,) = line.reasons
-        assert "raw pixels (R64) of 4 chips, 2x2, 24 bits, are not supported" in said
+        assert "raw pixels (R64) of 4 chips, '2x2', 24 bits, are not supported" in said
         assert "FILEFORMAT 0" in said
         assert line.count("received", "rejected") == (3, 2)
         return
@@ -130,7 +130,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no rows": (message(header(1, (0, 64), "U08")), "all positive"),
     "raw, 7 bits": (message(header(1, SHAPE, "R64", bits=7)), "1, 6, 12 or 24 bits"),
     "raw, nobody knows": (message(header(1, SHAPE, "R64", extended=False)), "1, 6, 12 or 24 bits"),
-    "raw, a row of chips": (message(header(1, SHAPE, "R64", chips=4, layout="   Nx1")), "4 chips, Nx1"),
+    "raw, a row of chips": (message(header(1, SHAPE, "R64", chips=4, layout="   Nx1")), "4 chips, 'Nx1'"),
     "raw, half words": (message(header(1, (3, 3), "R64", bits=6)), "must fill words"),
     "a header of nothing": (message(header(1, SHAPE, "U08", offset=0)), "how long it is"),
     "a header of a megabyte": (message(header(1, SHAPE, "U08", offset=99_999)), "how long it is"),

@@ -162,7 +162,7 @@ def _raw(bits: int, chips: int, layout: str, height: int, width: int) -> tuple[t
         shape = (height, width)
     else:
         raise MalformedFrame(
-            f"raw pixels (R64) of {chips} chips, {layout[:10]}, {bits} bits, are not supported: one chip, or 2x2 "
+            f"raw pixels (R64) of {chips} chips, {layout[:10]!r}, {bits} bits, are not supported: one chip, or 2x2 "
             "of 1, 6 or 12 bits; let the detector send U08, U16 or U32 (FILEFORMAT 0)"
         )
     packed = height * width * size

@@ -119,17 +119,16 @@ def _refuse_colour(attributes: dict[str, Any]) -> None:
     mode = attributes.get("ColorMode", 0)
     if mode in (0, "Mono"):
         return
-    name = _COLOURS.get(mode, mode) if isinstance(mode, int) else mode
-    raise MalformedFrame(f"frame is in colour ({str(name)[:20]}): set the camera's ColorMode to Mono")
+    name = _COLOURS.get(mode) if isinstance(mode, int) else None
+    raise MalformedFrame(
+        f"frame is in colour ({name or repr(mode)[:20]}): set the camera's ColorMode to Mono"
+    )
 
 
 def _timestamp(value: Structure) -> int | None:
     """[ns since the Unix epoch]"""
     for name in ("dataTimeStamp", "timeStamp"):
-        seconds, more_ns = (
-            value.get(f"{name}.secondsPastEpoch"),
-            value.get(f"{name}.nanoseconds"),
-        )
+        seconds, more_ns = value.get(f"{name}.secondsPastEpoch"), value.get(f"{name}.nanoseconds")
         if isinstance(seconds, int) and isinstance(more_ns, int) and 0 < seconds < 2**33:
             return seconds * 1_000_000_000 + more_ns % 1_000_000_000
     return None
