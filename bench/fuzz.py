@@ -1,13 +1,17 @@
-"""Does anything that may come over a detector's socket crash, hang or bloat its decoder?
+"""Does anything that may come from a camera crash, hang or bloat its decoder?
 
 Good messages of each stream are damaged at random, seeded: bytes changed, cut out, put in or doubled, mostly
-near the front, where the meaning is. Every one is decoded as `emstream serve` would. Whatever happens must be
-a frame, a mark or a rejection with a reason, and nothing but these; the ledger must add up each time.
+near the front, where the meaning is. PVAccess' messages are taken apart by its own library; of its structures
+fields lie, and compressed pixels are damaged. Of Merlin it is whole connections, of one message or three.
+Every one is decoded as `emstream serve` would. Whatever happens must be a frame, a mark or a rejection with a
+reason, and nothing but these; the ledger must add up each time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
 import time
@@ -19,7 +23,7 @@ import numpy as np
 import psutil
 import zmq
 
-from bench import report
+from bench import messages, report
 from emstream import wire
 from emstream.camera.dectris import COMPRESSIONS, DectrisSettings, Detector
 from emstream.frame import FrameHeader
@@ -27,7 +31,7 @@ from emstream.intake import Intake
 from emstream.ledger import Ledger
 from emstream.outputs import array1
 from emstream.ring import Ring, Slot
-from emstream.sources import dectris, dectris1
+from emstream.sources import dectris, dectris1, epics, merlin
 from emstream.sources.zmq import ZmqSource
 
 SIZE = 48  # px
@@ -56,8 +60,11 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "array-1.0": OverSocket,
     "dectris": dectris.Decoder,
     "dectris1": dectris1.Decoder,
+    "pva": epics.Decoder,
+    "merlin": merlin.Decoder,
 }
 _EVERY = 2000  # messages for which a decoder lives
+_WARM_UP = 200  # messages before memory counts: libraries are loaded
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -65,13 +72,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = report.parser("fuzz", __doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="of each decoder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help="(default: all of them)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.inputs = min(arguments.inputs, 500)
     logging.disable(logging.WARNING)  # every rejection would be said
     results: dict[str, Any] = {**report.stamp("fuzz", argv), "inputs": arguments.inputs, "decoders": {}}
-    with report.progress("fuzz", arguments.inputs * len(DECODERS)) as show:
-        for n, name in enumerate(DECODERS):
+    with report.progress("fuzz", arguments.inputs * len(arguments.decoders)) as show:
+        for n, name in enumerate(arguments.decoders):
             done = n * arguments.inputs
             results["decoders"][name] = fuzz(name, arguments, partial(_later, show, done, name))
     report.write("fuzz", "Damaged messages", results, _markdown(results), arguments)
@@ -82,20 +92,16 @@ def fuzz(name: str, arguments: argparse.Namespace, show: Callable[[int], None]) 
     """What came of `arguments.inputs` damaged messages; raises when a decoder did."""
     rng = np.random.default_rng((arguments.seed, len(name)))
     good = _good(name)
-    whole, rejected, slowest_s, reasons = 0, 0, 0.0, set()
+    whole, rejected, slowest_s, reasons, before = 0, 0, 0.0, set(), 0
     for first in range(0, arguments.inputs, _EVERY):
         ring, ledger, decoder = Ring(4, 1), Ledger(), DECODERS[name]()
         intake = Intake(ring, ledger, max_frame_bytes=LIMIT)
-        if first == 0:
-            before = psutil.Process().memory_info().rss
         for n in range(first, min(first + _EVERY, arguments.inputs)):
-            parts = list(good[int(rng.integers(len(good)))])
-            at = int(rng.integers(len(parts)))
-            parts[at] = _damaged(parts[at], rng)
+            if n == _WARM_UP:
+                before = psutil.Process().memory_info().rss
+            decode = _bad(name, good[int(rng.integers(len(good)))], rng)
             start_s = time.perf_counter()
-            decoder.decode(
-                memoryview(parts[0]) if name == "dectris" else [memoryview(part) for part in parts], intake
-            )
+            decode(decoder, intake)
             slowest_s = max(slowest_s, time.perf_counter() - start_s)
             whole += sum(_taken(ring))
             counted = ledger.snapshot()
@@ -113,6 +119,57 @@ def fuzz(name: str, arguments: argparse.Namespace, show: Callable[[int], None]) 
         "slowest_ms": round(slowest_s * 1e3, 2),
         "grown_mib": round(grown / 2**20, 1),
     }
+
+
+def _bad(name: str, parts: list[Any], rng: np.random.Generator) -> Callable[[Any, Intake], None]:
+    """Damages a good message, and says how to decode it."""
+    if name == "pva":
+        update = _lying(parts, rng)
+        return lambda decoder, intake: decoder.decode(update, intake)
+    at = int(rng.integers(len(parts)))
+    parts = [_damaged(part, rng) if n == at else part for n, part in enumerate(parts)]
+    if name == "merlin":
+        stream = merlin.Stream(io.BytesIO(b"".join(parts)).readinto)
+        return lambda decoder, intake: _play(decoder, stream, intake)
+    views = [memoryview(part) for part in parts]
+    return lambda decoder, intake: decoder.decode(views[0] if name == "dectris" else views, intake)
+
+
+def _play(decoder: merlin.Decoder, stream: merlin.Stream, intake: Intake) -> None:
+    with contextlib.suppress(merlin.Ended):
+        while True:
+            decoder.decode(stream, intake)
+
+
+def _lying(parts: list[Any], rng: np.random.Generator) -> Any:
+    pixels, codec, data = parts
+    wrong = _damaged(data, rng) if codec and rng.random() < 0.7 else data
+    update = messages.ndarray(int(rng.integers(-(2**31), 2**31)), pixels, codec, wrong)
+    for _ in range(int(rng.integers(1, 3))):
+        kind, number = int(rng.integers(8)), int(rng.integers(-(2**31), 2**31)) >> int(rng.integers(32))
+        if kind == 0:
+            sizes = rng.choice([SIZE, 1, 0, 3, -1, number], int(rng.integers(12)))
+            update.dimension = [{"size": int(size)} for size in sizes]
+        elif kind == 1:
+            update["codec.name"] = str(
+                rng.choice(["", "lz4", "bslz4", "blosc", "lz4hdf5", "jpeg", "\u2603" * 50])
+            )
+        elif kind == 2:
+            update["codec.parameters"] = number if rng.random() < 0.5 else int(rng.integers(12))
+        elif kind == 3:
+            update.compressedSize = number
+        elif kind == 4:
+            update.dataTimeStamp = {"secondsPastEpoch": number << 31, "nanoseconds": number}
+        elif kind == 5:
+            update.attribute = [{"name": "ColorMode" if rng.random() < 0.5 else "x" * 9999, "value": number}]
+        elif kind == 6:
+            update.attribute = [{"name": "ColorMode", "value": [None, "Mono", float("nan")][number % 3]}]
+        elif kind == 7 and not codec:
+            update.value = (
+                ["longValue", "doubleValue", "booleanValue"][number % 3],
+                np.zeros(abs(number) % 5000),
+            )
+    return update
 
 
 def _later(show: Callable[[float, str], None], done: int, name: str, more: int) -> None:
@@ -147,10 +204,14 @@ def _damaged(message: bytes, rng: np.random.Generator) -> bytes:
     return bytes(made)
 
 
-def _good(name: str) -> list[list[bytes]]:
+def _good(name: str) -> list[list[Any]]:
     """Messages of all kinds, as lists of parts."""
     if name in ("native", "array-1.0"):
         return _good_over_socket(name)
+    if name == "pva":
+        return _good_updates()
+    if name == "merlin":
+        return _good_acquisitions()
     series = [
         Detector(
             DectrisSettings(height=SIZE, width=SIZE, compression=each, thresholds=2, dead=4, patterns=1)
@@ -203,6 +264,46 @@ def _good_over_socket(name: str) -> list[list[bytes]]:
         [plain.replace(b'"array-1.0"', b'["array-1.0"]') + b'"ndattr": {}}', pixels[0]],
         [plain + b'"source": "camera"}', b""],
     ]
+
+
+def _good_updates() -> list[list[Any]]:
+    """Pixels, codec, and what it made of them."""
+    import bitshuffle
+    import lz4.block
+    from numcodecs import blosc
+
+    counts = np.random.default_rng(0).poisson(3.0, (SIZE, SIZE))
+    made: list[list[Any]] = []
+    for kind in ("uint8", "uint16", "uint32", "float32"):
+        pixels = counts.astype(kind)
+        data = pixels.tobytes()
+        made += [
+            [pixels, "", data],
+            [pixels, "lz4", lz4.block.compress(data, store_size=False)],
+            [pixels, "bslz4", bitshuffle.compress_lz4(pixels).tobytes()],
+            *(
+                [pixels, "blosc", blosc.compress(data, inner, 5, shuffle, typesize=pixels.itemsize)]
+                for inner in (b"blosclz", b"lz4", b"zlib", b"zstd")
+                for shuffle in (0, 1, 2)
+            ),
+        ]
+    return made
+
+
+def _good_acquisitions() -> list[list[Any]]:
+    """What one connection may bring, message by message."""
+    counts = np.random.default_rng(0).poisson(3.0, (SIZE, SIZE))
+    frames = [messages.mib_frame(n + 1, counts.astype(kind)) for n, kind in enumerate(("u1", "u2", "u4"))]
+    packed = counts.astype(np.uint8).tobytes()
+    frames += [
+        messages.mib_raw(4, (SIZE, SIZE), 6, packed),
+        messages.mib_raw(5, (SIZE, SIZE), 1, packed[: SIZE * SIZE // 8]),
+        messages.mib_raw(6, (SIZE, SIZE), 12, packed * 2),
+        messages.mib_raw(7, (SIZE, 2 * SIZE), 24, packed * 4),
+        messages.mib_raw(8, (SIZE // 2, 2 * SIZE), 6, packed, chips=4),
+    ]
+    start = messages.mpx(messages.mib_acquisition(8))
+    return [[start], *([start, messages.mpx(frame), messages.mpx(frames[0])] for frame in frames)]
 
 
 def _markdown(results: dict[str, Any]) -> str:

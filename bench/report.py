@@ -32,6 +32,8 @@ LIBRARIES = (
     "h5py",
     "hdf5plugin",
     "dectris-compression",
+    "p4p",
+    "numcodecs",
 )
 _FEATURES = (
     "avx2",

@@ -81,9 +81,10 @@ def test_cameras_compare_with_the_library_and_lose_nothing(bench: Any) -> None:
 
 
 def test_fuzz_says_what_came_of_the_damaged_messages(bench: Any) -> None:
-    pytest.importorskip("dectris.compression", reason="needs: pip install 'emstream[cameras]' bitshuffle")
+    for package in ("dectris.compression", "p4p", "numcodecs"):
+        pytest.importorskip(package, reason="needs: pip install 'emstream[cameras]'")
     results = bench("fuzz")
-    assert set(results["decoders"]) == {"native", "array-1.0", "dectris", "dectris1"}
+    assert set(results["decoders"]) == {"native", "array-1.0", "dectris", "dectris1", "pva", "merlin"}
     for each in results["decoders"].values():
         assert each.keys() == {"frames", "rejected", "reasons", "slowest_ms", "grown_mib"}
         assert each["frames"] > 0
@@ -162,3 +163,16 @@ def test_an_argument_that_makes_no_sense_is_wrong_use(name: str, arguments: list
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert arguments[0] in done.stderr
+
+
+def test_simulator_of_others_is_received_whole_and_outlived(bench: Any) -> None:
+    pytest.importorskip("p4p", reason="needs: pip install 'emstream[cameras]'")
+    if not (Path(sys.executable).parent / "pvapy-ad-sim-server").exists():
+        pytest.skip("needs: pip install pvapy")
+    whole, killed = bench("interop", "--only", "pva")["cases"]
+    assert whole["sent"] == whole["ledger"]["received"] > 100
+    assert killed["lives"] == len(killed["series"]) == 3
+    assert killed["compared"] >= 450
+    for case in (whole, killed):
+        assert case["exact"]
+        assert case["wrong"] == case["ledger"]["missing"] == case["ledger"]["rejected"] == 0

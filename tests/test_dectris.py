@@ -9,7 +9,6 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,10 @@ for package in ("dectris.compression", "bitshuffle", "cbor2", "lz4"):
 
 import cbor2
 
+import tests.desk
 from emstream import wire
 from emstream.errors import MalformedFrame, SourceError
-from emstream.intake import Intake, Overrun
-from emstream.ledger import Ledger
-from emstream.ring import Ring, SeriesMark, Slot
+from emstream.intake import Overrun
 from emstream.sources import cbor, compressed, dectris, dectris1, open_source
 from tests.conftest import exact
 from tests.dectris import array, end, end1, header1, image, image1, lz4_framed, shuffled, start
@@ -38,40 +36,9 @@ MANY = int(os.environ.get("EMSTREAM_FUZZ", "300"))
 LIMIT = 100_000  # bytes of a frame
 
 
-class Desk:
-    """A decoder with an intake behind it."""
-
+class Desk(tests.desk.Desk):
     def __init__(self, decoder: Any = None) -> None:
-        self.ring, self.ledger = Ring(8, 1), Ledger()
-        self.intake = Intake(self.ring, self.ledger, max_frame_bytes=LIMIT)
-        self.decoder = decoder or dectris.Decoder()
-
-    def give(self, *messages: Any) -> Desk:
-        for message in messages:
-            self.decoder.decode(message, self.intake)
-        return self
-
-    def items(self) -> Iterator[Any]:
-        """Marks, and headers with their pixels, that have come out."""
-        while (item := self.ring.claim(block=False)) is not None:
-            if isinstance(item, SeriesMark):
-                yield item.message
-            else:
-                assert isinstance(item, Slot)
-                for row, head in enumerate(item.headers):
-                    yield head, item.counts[row].copy()
-                self.ring.release(item)
-
-    def frames(self) -> list[tuple[Any, np.ndarray]]:
-        return [item for item in self.items() if isinstance(item, tuple)]
-
-    def marks(self) -> list[str]:
-        kinds = {wire.START: "start", wire.END: "end"}
-        return [kinds[item["htype"]] if isinstance(item, dict) else "frame" for item in self.items()]
-
-    @property
-    def reasons(self) -> list[str]:
-        return list(self.ledger.reasons())
+        super().__init__(decoder or dectris.Decoder(), LIMIT)
 
 
 @pytest.mark.parametrize("compression", ["bslz4", "lz4", None])

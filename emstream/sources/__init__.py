@@ -32,6 +32,8 @@ SCHEMES = {
     "dectris+ipc": "dectris",
     "dectris1": "dectris1",
     "dectris1+ipc": "dectris1",
+    "pva": "epics",
+    "merlin": "merlin",
 }
 GROUP = "emstream.sources"
 

@@ -1,7 +1,8 @@
-"""LZ4 and bitshuffle-LZ4 as DECTRIS cameras send them, written straight into the frame's row.
+"""Compressed pixels, written straight into the frame's row.
 
-Both are framed as in HDF5: ``[bytes of pixels, >u8][bytes of a block, >u4]``, then each block
-behind its compressed size, >u4. The library of DECTRIS does the work. From Python it only makes
+LZ4 and bitshuffle-LZ4 are framed as in HDF5: ``[bytes of pixels, >u8][bytes of a block, >u4]``, then
+each block behind its compressed size, >u4; `framed` puts that around bytes that come without. Blosc has
+a frame of its own, and numcodecs undoes it. The library of DECTRIS does the rest. From Python it only makes
 bytes of its own, a copy that costs as much as the rest at thousands of frames per second, so its
 C function is called where it can be: `_into_place` checks once that it does what Python's does.
 """
@@ -20,13 +21,33 @@ from emstream.errors import MalformedFrame, SourceError
 
 HEADER = struct.Struct(">QI")
 ALGORITHMS = {"bslz4": 0, "lz4": 1}  # as the C function numbers them
+BLOSC = "blosc"
+_BLOSC_HEADER = struct.Struct("<4B3I")  # versions, flags, bytes of a value; bytes of pixels, block, all of it
+_SHUFFLED_BLOCK = 8192  # [bytes], bitshuffle's own choice
 _LARGEST_BLOCK = 16 * 1024**2
 _MOST_FROM_A_BYTE = 255  # what LZ4 can make of one
 _Decompress = Callable[[str, np.ndarray, int, np.ndarray], int]
 
 
-def check(data: bytes | memoryview, nbytes: int) -> None:
+def framed(algorithm: str, data: bytes | memoryview, nbytes: int) -> bytes | memoryview:
+    """`data`, of LZ4 or bitshuffle-LZ4, with the frame that `check` and `decompress` want.
+
+    Without one, LZ4 is a single block, and bitshuffle's blocks have their usual size.
+    """
+    if len(data) >= HEADER.size and HEADER.unpack_from(data)[0] == nbytes:
+        return data
+    if nbytes >= 2**31:
+        raise MalformedFrame("compressed pixels without a frame around them must be less than 2 GiB")
+    if algorithm == "bslz4":
+        return HEADER.pack(nbytes, _SHUFFLED_BLOCK) + bytes(data)
+    return HEADER.pack(nbytes, nbytes) + struct.pack(">I", len(data)) + bytes(data)
+
+
+def check(algorithm: str, data: bytes | memoryview, nbytes: int) -> None:
     """Refuse a payload whose own header does not promise `nbytes`, or that cannot hold them."""
+    if algorithm == BLOSC:
+        _check_blosc(data, nbytes)
+        return
     if len(data) < HEADER.size:
         raise MalformedFrame("compressed pixels are shorter than their header")
     promised, block = HEADER.unpack_from(data)
@@ -44,12 +65,40 @@ def decompress(algorithm: str, data: bytes | memoryview, element: int, out: np.n
     `check` has let `data` pass; `element` [bytes] is what bitshuffle shuffled. Raises MalformedFrame
     when `data` is not whole.
     """
+    if algorithm == BLOSC:
+        _decompress_blosc(data, out)
+        return
     if algorithm not in ALGORITHMS:
         raise MalformedFrame(f"compression must be one of {', '.join(ALGORITHMS)}, or none")
     if algorithm == "bslz4" and element not in (1, 2, 4, 8):
         raise MalformedFrame("bitshuffle's element must have 1, 2, 4 or 8 bytes")
     if _best()(algorithm, np.frombuffer(data, np.uint8), element, out) != out.nbytes:
         raise MalformedFrame("compressed pixels are damaged")
+
+
+def _check_blosc(data: bytes | memoryview, nbytes: int) -> None:
+    if len(data) < _BLOSC_HEADER.size:
+        raise MalformedFrame("compressed pixels are shorter than their header")
+    *_, promised, block, whole = _BLOSC_HEADER.unpack_from(data)
+    if promised != nbytes:
+        raise MalformedFrame("compressed pixels and the frame's size disagree")
+    if whole != len(data):
+        raise MalformedFrame("compressed pixels are not as long as they say")
+    if not 0 < block <= max(nbytes, _LARGEST_BLOCK):
+        raise MalformedFrame("compressed pixels come in blocks of an impossible size")
+
+
+def _decompress_blosc(data: bytes | memoryview, out: np.ndarray) -> None:
+    try:
+        from numcodecs import blosc
+    except ImportError:
+        raise SourceError(
+            "this camera compresses its frames with blosc, which needs: pip install 'emstream[cameras]'"
+        ) from None
+    try:
+        blosc.decompress(data, out.reshape(-1).view(np.uint8))
+    except (RuntimeError, ValueError):
+        raise MalformedFrame("compressed pixels are damaged") from None
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import struct
 import threading
 from typing import Any
 
@@ -24,7 +23,7 @@ from emstream.errors import MalformedFrame
 from emstream.frame import PIXEL_TYPES, FrameHeader
 from emstream.intake import Intake
 from emstream.sources import Url
-from emstream.sources.compressed import HEADER
+from emstream.sources.compressed import HEADER, framed
 from emstream.sources.connection import Connection, address
 from emstream.sources.delivery import Array, Delivery
 from emstream.sources.series import SeriesTracker
@@ -33,7 +32,6 @@ PORT = 9999
 _CHANNEL = "image"
 _MOST_PARTS = 16
 _ENCODING = re.compile(r"(?:bs(?P<bits>8|16|32)-)?(?P<lz4>lz4)?(?P<order>[<>])")
-_DEFAULT_BLOCK = 8192  # [bytes], of bitshuffle
 _LARGEST_NUMBER = 2**53
 
 
@@ -190,11 +188,10 @@ def _array(about: dict[str, Any], data: Any, max_frame_bytes: int) -> Array:
         algorithm, element = "bslz4", int(match["bits"]) // 8
         if not any(data[: HEADER.size]):
             # Some senders leave the header empty.
-            data = HEADER.pack(nbytes, _DEFAULT_BLOCK) + bytes(data[HEADER.size :])
-    elif match["lz4"] and nbytes < 2**31:
-        # One block without a frame around it.
+            data = framed(algorithm, data[HEADER.size :], nbytes)
+    elif match["lz4"]:
         algorithm = "lz4"
-        data = HEADER.pack(nbytes, nbytes) + struct.pack(">I", len(data)) + bytes(data)
+        data = framed(algorithm, data, nbytes)
     endianness = "little" if match["order"] == "<" else "big"
     array = Array((height, width), kind, endianness, algorithm, element, data)
     array.check(max_frame_bytes)

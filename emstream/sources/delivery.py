@@ -1,4 +1,4 @@
-"""From pixels as a detector packs them to a row of the ring: what DECTRIS' two streams share."""
+"""From pixels as a camera packs them to a row of the ring."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Array:
         if self.nbytes > max_frame_bytes:
             raise MalformedFrame(f"array is larger than the limit of {max_frame_bytes} bytes")
         if self.algorithm is not None:
-            check(self.data, self.nbytes)
+            check(self.algorithm, self.data, self.nbytes)
         elif len(self.data) != self.nbytes:
             raise MalformedFrame("pixels and the frame's size disagree")
 
@@ -75,7 +75,9 @@ class Delivery:
     in the first frame of the series.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, largest_is_no_data: bool = True) -> None:
+        """`largest_is_no_data`: what the largest value of an unsigned type stands for."""
+        self._largest_is_no_data = largest_is_no_data
         self._bad: dict[str, BadPixels | None] = {}
         self._proven: tuple[tuple[int, int], str] | None = None  # size and type of the last whole frame
 
@@ -120,7 +122,7 @@ class Delivery:
         if len(arrays) == 1:
             arrays[0].write(row)
             if channel not in self._bad:
-                self._bad[channel] = _bad_pixels(_without_data(row))
+                self._bad[channel] = _bad_pixels(_without_data(row)) if self._largest_is_no_data else None
         else:
             images = [each.read() for each in arrays]
             if channel not in self._bad:

@@ -7,6 +7,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 
 from emstream import wire
+from emstream.frame import now_ns
 from emstream.intake import Intake
 
 _LARGEST_EXTRA = 4096  # [bytes]
@@ -36,6 +37,35 @@ class SeriesTracker:
         source, series = self.open
         known = {key: value for key, value in about.items() if value is not None}
         intake.mark({**known, "htype": htype, "source": source, "series": series})
+
+
+class NumberedSeries:
+    """The series of a camera that only numbers its frames: another begins where the numbers fall back.
+
+    A connection that was lost and made again goes on with the series, if the numbers do: what lies
+    between is missing.
+    """
+
+    def __init__(self) -> None:
+        self._tracker = SeriesTracker()
+        self._series = 0
+        self._last = -1
+        self._length = 0
+
+    def begin(self, intake: Intake, source: str, length: int = 0, **about: Any) -> None:
+        """The camera says so; it announces `length` frames, or 0 where it does not say how many."""
+        if self._last >= self._length:
+            self._tracker.end(intake, self._series)
+        self._series = max(self._series + 1, now_ns() // 1_000_000)
+        self._last, self._length = -1, length
+        self._tracker.start(intake, source, self._series, frames=length or None, **about)
+
+    def of(self, intake: Intake, source: str, number: int) -> int:
+        """The series of frame `number`."""
+        if self._tracker.open is None or number < self._last:
+            self.begin(intake, source)
+        self._last = number
+        return self._series
 
 
 def portable(value: Any) -> Any:

@@ -1,13 +1,8 @@
-"""What every source must do. A new source is done when it passes.
-
-Each entry of SOURCES starts a camera of its kind that sends `frames` frames of known
-pixels and returns the ``--input`` URL to receive it by.
-"""
+"""What every source must do. A new source is done when it passes: see `tests.contract.cameras`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,145 +20,13 @@ from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark, Slot
 from emstream.sources import open_source
 from tests import mycam
-from tests.conftest import message
-from tests.recordings import raw, record
-
-SHAPE = (33, 47)
-
-
-def picture(number: int) -> np.ndarray:
-    return np.random.default_rng(number).poisson(3.0, SHAPE).astype(np.uint16)
-
-
-class Cameras:
-    """Starts cameras and cleans up after them."""
-
-    def __init__(self, context: zmq.Context[Any], folder: Path) -> None:
-        self.context = context
-        self.folder = folder
-        self.sockets: list[zmq.Socket[bytes]] = []
-        self.threads: list[threading.Thread] = []
-
-    def push(self, messages: list[list[Any]], scheme: str = "pull+ipc") -> str:
-        """Send once a receiver is there."""
-        socket = self.socket(zmq.PUSH)
-
-        def send() -> None:
-            with contextlib.suppress(zmq.Again):  # the receiver has stopped before the end
-                for parts in messages:
-                    socket.send_multipart(parts)
-
-        self.background(send)
-        return f"{scheme}://{self.folder}/camera"
-
-    def socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self.context.socket(kind)
-        socket.linger = 0
-        socket.sndhwm = 1000
-        socket.sndtimeo = 1000
-        socket.bind(f"ipc://{self.folder}/camera")
-        self.sockets.append(socket)
-        return socket
-
-    def background(self, work: Callable[[], None]) -> None:
-        self.threads.append(threading.Thread(target=work))
-        self.threads[-1].start()
-
-    def close(self) -> None:
-        for thread in self.threads:
-            thread.join(timeout=20)
-        for socket in self.sockets:
-            socket.close()
-
-
-def pull(cameras: Cameras, frames: int) -> str:
-    return cameras.push([message(n, picture(n)) for n in range(frames)])
-
-
-def subscribed(cameras: Cameras, frames: int) -> str:
-    socket = cameras.socket(zmq.XPUB)
-
-    def send() -> None:
-        if socket.poll(10_000):
-            for n in range(frames):
-                socket.send_multipart(message(n, picture(n)))
-
-    cameras.background(send)
-    return f"ipc://{cameras.folder}/camera"
-
-
-def array_1_0(cameras: Cameras, frames: int) -> str:
-    messages = []
-    for n in range(frames):
-        head = {
-            "htype": "array-1.0",
-            "shape": SHAPE,
-            "type": "uint16",
-            "frame": n,
-            "source": "x",
-            "endianness": "big",
-        }
-        messages.append([json.dumps(head).encode(), picture(n).astype(">u2").tobytes()])
-    return cameras.push(messages)
-
-
-def dectris_v2(cameras: Cameras, frames: int) -> str:
-    dectris = messages_of_dectris()
-    images = [[dectris.image(n, picture(n))] for n in range(frames)]
-    return cameras.push([[dectris.start()], *images, [dectris.end()]], "dectris+ipc")
-
-
-def messages_of_dectris() -> Any:
-    for package in ("dectris.compression", "bitshuffle", "cbor2", "lz4"):
-        pytest.importorskip(package, reason=f"{package} is missing: pip install 'emstream[cameras]'")
-    from tests import dectris
-
-    return dectris
-
-
-def dectris_v1(cameras: Cameras, frames: int) -> str:
-    dectris = messages_of_dectris()
-    images = [dectris.image1(n, picture(n)) for n in range(frames)]
-    return cameras.push([dectris.header1(), *images, dectris.end1()], "dectris1+ipc")
-
-
-def file(cameras: Cameras, frames: int) -> str:
-    path = cameras.folder / "movie.npy"
-    np.save(path, np.stack([picture(n) for n in range(frames)]))
-    return f"file://{path}?rate=2000"
-
-
-def recording(cameras: Cameras, frames: int) -> str:
-    path = cameras.folder / "recording.h5"
-    record(path, [raw(n, shape=SHAPE) for n in range(frames)], compress=False)
-    return f"file://{path}?rate=2000"
-
-
-def simulated(cameras: Cameras, frames: int) -> str:
-    return f"sim://?rate=500&height={SHAPE[0]}&width={SHAPE[1]}&frames={frames}"
-
-
-def readme(cameras: Cameras, frames: int) -> str:
-    return mycam.url(mycam.Camera(cameras.background, [mycam.frame(n, picture(n)) for n in range(frames)]))
-
-
-SOURCES: dict[str, Callable[[Cameras, int], str]] = {
-    "pull": pull, "sub": subscribed, "array-1.0": array_1_0, "dectris": dectris_v2, "dectris1": dectris_v1,
-    "file": file, "recording": recording, "sim": simulated, "mycam of the README": readme,
-}  # fmt: skip
+from tests.contract.cameras import LIVE, PLAYED, SHAPE, Camera, picture
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _camera_of_the_readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with mycam.installed(tmp_path_factory.mktemp("mycam")):
         yield
-
-
-@pytest.fixture
-def cameras(context: zmq.Context[Any], tmp_path: Path) -> Iterator[Cameras]:
-    made = Cameras(context, tmp_path)
-    yield made
-    made.close()
 
 
 class Receiver:
@@ -185,6 +48,20 @@ class Receiver:
                 self.ring.release(item)
                 count -= 1
 
+    def wait(self, received: int) -> dict[str, int]:
+        """Until `received` are in the ledger."""
+        turn = threading.Event()
+        for _ in range(4000):
+            if (counted := self.ledger.snapshot())["received"] >= received:
+                return counted
+            turn.wait(0.005)
+        raise AssertionError(f"still waiting with {counted}, {self.ledger.reasons()}")
+
+    def ends_within_a_second(self) -> bool:
+        self.stop.set()
+        self.thread.join(timeout=1)
+        return not self.thread.is_alive()
+
     def end(self) -> None:
         self.stop.set()
         self.intake.abort()
@@ -192,18 +69,61 @@ class Receiver:
         assert not self.thread.is_alive(), "the source did not stop"
 
 
-@pytest.fixture(params=list(SOURCES))
-def open_camera(request: pytest.FixtureRequest, cameras: Cameras) -> Iterator[Callable[[int], Receiver]]:
-    receivers = []
+class Stage:
+    """A live camera and its receiver."""
+
+    def __init__(self, camera: Camera) -> None:
+        self.camera = camera
+        self.receiver = Receiver(camera.url)
+        camera.watch(self.receiver.ledger)
+
+    def send(self, *numbers: int) -> None:
+        for number in numbers:
+            self.camera.send(number, picture(number))
+
+    def close(self) -> None:
+        self.receiver.end()
+        self.camera.vanish()
+
+
+@pytest.fixture(params=list(LIVE))
+def stage(request: pytest.FixtureRequest, context: zmq.Context[Any], tmp_path: Path) -> Iterator[Stage]:
+    made = Stage(LIVE[request.param](context, tmp_path))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=[*LIVE, *PLAYED])
+def open_camera(
+    request: pytest.FixtureRequest, context: zmq.Context[Any], tmp_path: Path
+) -> Iterator[Callable[..., Receiver]]:
+    """Start a camera that sends `frames` frames by itself, and return what receives them."""
+    ends: list[Callable[[], None]] = []
 
     def start(frames: int, **options: Any) -> Receiver:
-        receivers.append(Receiver(SOURCES[request.param](cameras, frames), **options))
-        return receivers[-1]
+        if request.param in PLAYED:
+            receiver = Receiver(PLAYED[request.param](tmp_path, frames), **options)
+            ends.append(receiver.end)
+            return receiver
+        camera = LIVE[request.param](context, tmp_path)
+        receiver = Receiver(camera.url, **options)
+        camera.watch(receiver.ledger)
+
+        def play() -> None:
+            with contextlib.suppress(zmq.Again, OSError):  # the receiver has stopped before the end
+                camera.appear()
+                for n in range(frames):
+                    camera.send(n, picture(n))
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        ends.extend([receiver.end, lambda: thread.join(timeout=20), camera.vanish])
+        return receiver
 
     start.kind = request.param  # type: ignore[attr-defined]
     yield start
-    for receiver in receivers:
-        receiver.end()
+    for end in ends:
+        end()
 
 
 def test_frames_arrive_in_order_and_whole(open_camera: Any) -> None:
@@ -240,9 +160,7 @@ def test_frames_are_corrected_once_and_say_so(open_camera: Any) -> None:
 def test_stop_ends_the_source_within_a_second(open_camera: Any) -> None:
     receiver = open_camera(5)
     list(receiver.frames(1))
-    receiver.stop.set()
-    receiver.thread.join(timeout=1)
-    assert not receiver.thread.is_alive()
+    assert receiver.ends_within_a_second()
 
 
 def test_stop_ends_a_source_that_waits_for_a_slot(open_camera: Any) -> None:
@@ -275,3 +193,68 @@ def test_series_is_bracketed_by_marks(url: str, tmp_path: Path) -> None:
     while (item := receiver.ring.claim()) is not None:
         kinds.append(item.message["htype"] if isinstance(item, SeriesMark) else "frame")
     assert kinds == [wire.START, "frame", "frame", "frame", wire.END]
+
+
+def test_gaps_in_the_cameras_numbers_are_missing(stage: Stage) -> None:
+    stage.camera.appear()
+    stage.send(3, 4, 8, 9, 11)
+    ledger = stage.receiver.wait(5)
+    assert (ledger["received"], ledger["missing"], ledger["rejected"]) == (5, 4, 0)
+
+
+def test_frames_may_change_their_size(stage: Stage) -> None:
+    stage.camera.appear()
+    shapes = [SHAPE, SHAPE, (64, 40), (16, 24), (16, 24), SHAPE]
+    for n, shape in enumerate(shapes):
+        stage.camera.send(n, picture(n, shape))
+    for n, (head, pixels) in enumerate(stage.receiver.frames(len(shapes))):
+        assert head.shape == shapes[n]
+        np.testing.assert_array_equal(pixels, picture(n, shapes[n]))
+    assert stage.receiver.ledger.snapshot()["missing"] == 0
+
+
+def test_camera_may_pause(stage: Stage) -> None:
+    stage.camera.appear()
+    stage.send(0, 1, 2)
+    stage.receiver.wait(3)
+    threading.Event().wait(0.5)  # longer than a source waits before it looks around
+    stage.send(3, 4, 5)
+    ledger = stage.receiver.wait(6)
+    assert (ledger["received"], ledger["missing"], ledger["rejected"]) == (6, 0, 0)
+
+
+def test_garbage_is_rejected_and_the_next_frame_arrives(stage: Stage) -> None:
+    stage.camera.appear()
+    stage.send(0, 1)
+    stage.camera.garbage()
+    stage.send(2, 3)
+    ledger = stage.receiver.wait(5)
+    assert (ledger["rejected"], ledger["missing"]) == (1, 0), stage.receiver.ledger.reasons()
+    assert [head.frame for head, _ in stage.receiver.frames(4)] == [0, 1, 2, 3]
+
+
+def test_camera_that_dies_and_comes_back_is_received_again(stage: Stage) -> None:
+    stage.camera.appear()
+    stage.send(*range(5))
+    stage.receiver.wait(5)
+    stage.camera.vanish()
+    stage.camera.appear()
+    stage.send(*range(4))
+    ledger = stage.receiver.wait(9)
+    assert (ledger["received"], ledger["missing"], ledger["rejected"]) == (9, 0, 0)
+    heads = [head for head, _ in stage.receiver.frames(9)]
+    assert [head.frame for head in heads] == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    names = [(head.source, head.series) for head in heads]
+    assert len(set(names[:5])) == len(set(names[5:])) == 1
+    assert names[0] != names[5]
+
+
+@pytest.mark.parametrize("when", ["nobody was ever there", "the camera pauses", "the camera is gone"])
+def test_stop_ends_a_source_that_waits_for_its_camera(stage: Stage, when: str) -> None:
+    if when != "nobody was ever there":
+        stage.camera.appear()
+        stage.send(0)
+        stage.receiver.wait(1)
+    if when == "the camera is gone":
+        stage.camera.vanish()
+    assert stage.receiver.ends_within_a_second()
