@@ -234,6 +234,21 @@ def serve(
             metavar="PATH", help="Model file that takes over, on the CPU, if the engine keeps failing."
         ),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.key_secret", help="This service's keys: what it binds takes keys, with --admit."
+        ),
+    ] = None,
+    admit: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of the .key files of those who may connect.")
+    ] = None,
+    camera_key: Annotated[
+        Path | None, typer.Option(metavar="FILE.key", help="Of a camera that takes keys.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines connect without keys.")
+    ] = False,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -295,6 +310,7 @@ def serve(
         binning=binning, roi=roi,
         max_frame_mib=max_frame_mib, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
         fallback=fallback, stall_limit_s=stall_limit_s, metrics=metrics, control=control,
+        key=key, admit=admit, camera_key=camera_key, insecure=insecure,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
     if record is None and (look_back or split):
@@ -317,7 +333,7 @@ def serve(
                 recorder = RecorderProcess(
                     RecordSettings(
                         input=service.publisher.endpoint, output=record, look_back_s=look_back,
-                        split_bytes=_size(split, "split"),
+                        split_bytes=_size(split, "split"), peer=service.peer,
                     ),
                     on_status=service.pipeline.note_recording,
                 )  # fmt: skip
@@ -329,7 +345,7 @@ def serve(
 
                 page = ViewProcess(
                     service.publisher.endpoint, view_host, view_port, view_token,
-                    on_record=recorder.tell if recorder else None,
+                    on_record=recorder.tell if recorder else None, peer=service.peer,
                 )  # fmt: skip
                 page.start()
                 stack.callback(page.stop)
@@ -364,6 +380,10 @@ def _settings_of(output: Sequence[str] | None, max_frame_mib: int, control: str,
 
 engine_app = typer.Typer(cls=_Group, no_args_is_help=True, help="The engine of a running service.")
 app.add_typer(engine_app, name="engine")
+Key = Annotated[
+    Path | None, typer.Option(metavar="FILE.key_secret", help="Your keys, for a service that takes keys.")
+]
+ServiceKey = Annotated[Path | None, typer.Option(metavar="FILE.key", help="That service's public key.")]
 ServiceAddress = Annotated[
     str,
     typer.Option(metavar="URL", help="What the service publishes on; it says there where it takes orders."),
@@ -375,6 +395,8 @@ def swap(
     engine: Annotated[str, typer.Argument(metavar="NEW", help="Model file, where the service runs.")],
     service: ServiceAddress = "tcp://127.0.0.1:5556",
     timeout_s: Annotated[float, typer.Option(help="Longest to wait for the answer.")] = 300.0,
+    key: Key = None,
+    service_key: ServiceKey = None,
     as_json: Json = False,
 ) -> None:
     """Another engine: loaded and tested beside the running one, then it takes the next batch. No frame is lost.
@@ -382,15 +404,20 @@ def swap(
     Example: **emstream engine swap engines/unet32.onnx**
     """
     from emstream.control import ask, control_of
+    from emstream.keys import Peer
 
     path = str(Path(engine).absolute()) if Path(engine).exists() else engine
-    _print_report(ask(control_of(service), {"do": "swap", "engine": path}, timeout_s), as_json)
+    peer = Peer.of(key, service_key)
+    answer = ask(control_of(service, peer=peer), {"do": "swap", "engine": path}, timeout_s, peer)
+    _print_report(answer, as_json)
 
 
 @engine_app.command()
 def back(
     service: ServiceAddress = "tcp://127.0.0.1:5556",
     timeout_s: Annotated[float, typer.Option(help="Longest to wait for the answer.")] = 30.0,
+    key: Key = None,
+    service_key: ServiceKey = None,
     as_json: Json = False,
 ) -> None:
     """The engine of before the last swap, which stayed ready.
@@ -398,8 +425,10 @@ def back(
     Example: **emstream engine back**
     """
     from emstream.control import ask, control_of
+    from emstream.keys import Peer
 
-    _print_report(ask(control_of(service), {"do": "swap-back"}, timeout_s), as_json)
+    peer = Peer.of(key, service_key)
+    _print_report(ask(control_of(service, peer=peer), {"do": "swap-back"}, timeout_s, peer), as_json)
 
 
 @app.command()
@@ -429,12 +458,15 @@ def record(
     until_end: Annotated[bool, typer.Option("--until-end", help="Stop at the end of a series.")] = False,
     compress: Annotated[bool, typer.Option(help="Bitshuffle and LZ4; takes emstream[files].")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.h5 if it exists.")] = False,
+    key: Key = None,
+    service_key: ServiceKey = None,
     as_json: Json = False,
 ) -> None:
     """Raw and denoised frames of a running service to HDF5, until Ctrl-C.
 
     Example: **emstream record --input tcp://127.0.0.1:5556 run7.h5**
     """
+    from emstream.keys import Peer
     from emstream.record import Recorder, RecordSettings
     from emstream.serve import stop_on_signals
 
@@ -443,7 +475,7 @@ def record(
     recorder = Recorder(
         RecordSettings(
             input=input, output=output, look_back_s=look_back, split_bytes=size, buffer_bytes=room,
-            frames=frames, until_end=until_end, compress=compress, overwrite=overwrite,
+            frames=frames, until_end=until_end, compress=compress, overwrite=overwrite, peer=Peer.of(key, service_key),
         )
     )  # fmt: skip
     log = logging.getLogger("emstream.record")
@@ -623,6 +655,8 @@ def view(
     host: ViewHost = "127.0.0.1",
     port: ViewPort = 8080,
     token: ViewToken = None,
+    key: Key = None,
+    service_key: ServiceKey = None,
 ) -> None:
     """The live page of a running service: raw beside denoised.
 
@@ -630,10 +664,11 @@ def view(
     """
     import threading
 
+    from emstream.keys import Peer
     from emstream.serve import stop_on_signals
     from emstream.view import ViewServer
 
-    page = ViewServer(input, host, port, token)
+    page = ViewServer(input, host, port, token, peer=Peer.of(key, service_key))
     page.start()
     typer.echo(f"live page: {page.url}   (Ctrl-C ends it)", err=True)
     stop = threading.Event()
@@ -648,6 +683,8 @@ def view(
 @app.command()
 def status(
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
+    key: Key = None,
+    service_key: ServiceKey = None,
     as_json: Json = False,
 ) -> None:
     """The figures of a running service in a terminal, until Ctrl-C; with --json once.
@@ -656,13 +693,15 @@ def status(
     """
     from rich.live import Live
 
+    from emstream.keys import Peer
     from emstream.status import panel, status_once, statuses
 
+    peer = Peer.of(key, service_key)
     if as_json:
-        typer.echo(json.dumps(status_once(input)))
+        typer.echo(json.dumps(status_once(input, peer=peer)))
         return
     with suppress(KeyboardInterrupt), Live(auto_refresh=False) as display:
-        for each in statuses(input):
+        for each in statuses(input, peer=peer):
             display.update(panel(each), refresh=True)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import zmq
 
 from emstream import wire
+from emstream.endpoint import connect
 from emstream.errors import MalformedFrame, SourceError
 from emstream.frame import Frame
+from emstream.keys import Peer
 
 QUEUE_FRAMES = 64
 
@@ -21,6 +24,8 @@ def subscribe(
     *,
     timeout_s: float | None = None,
     until_end: bool = False,
+    key: Path | None = None,
+    service_key: Path | None = None,
 ) -> Iterator[Frame]:
     """Yield frames as they are published, for ever.
 
@@ -34,6 +39,8 @@ def subscribe(
         Raise `SourceError` after this long without a frame; by default wait for ever.
     until_end
         Return when the series ends.
+    key, service_key
+        For a service that takes keys: your own ``.key_secret`` file, and its ``.key`` file.
 
     A frame's own memory: keep it or change it as you like. `Frame.header.extra` holds the
     engine's identity, the stages' times, the ledger, and the dose with its verdict.
@@ -43,10 +50,7 @@ def subscribe(
     socket.linger = 0
     socket.rcvhwm = QUEUE_FRAMES
     try:
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
+        connect(socket, endpoint, Peer.of(key, service_key))
         socket.subscribe(topic)
         yield from _frames(socket, endpoint, timeout_s, until_end)
     finally:

@@ -14,8 +14,9 @@ from typing import Any
 import zmq
 
 from emstream import wire
-from emstream.endpoint import bind
+from emstream.endpoint import Door, bind, connect
 from emstream.errors import EmstreamError, MalformedFrame, SourceError
+from emstream.keys import Peer
 
 log = logging.getLogger(__name__)
 LARGEST_QUESTION = 64 * 1024  # bytes
@@ -32,6 +33,7 @@ class Control:
         endpoint: str,
         answers: Mapping[str, Answer],
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        door: Door | None = None,
     ) -> None:
         """Bind `endpoint`. `answers` by the name of what is to be done: they raise EmstreamError or ValueError."""
         self._answers = answers
@@ -39,7 +41,7 @@ class Control:
         self._socket.linger = 500
         self._socket.set(zmq.MAXMSGSIZE, LARGEST_QUESTION)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
-        self.endpoint = bind(self._socket, endpoint)
+        self.endpoint = bind(self._socket, endpoint, door)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
@@ -77,12 +79,14 @@ class Control:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
 
-def ask(endpoint: str, question: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+def ask(
+    endpoint: str, question: Mapping[str, Any], timeout_s: float, peer: Peer | None = None
+) -> dict[str, Any]:
     """Ask the service at a control endpoint; returns its answer. Raises SourceError when it refuses or is silent."""
     socket: zmq.Socket[bytes]
     with zmq.Context.instance().socket(zmq.REQ) as socket:
         socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(endpoint)
+        connect(socket, endpoint, peer)
         socket.send(wire.pack(question))
         if not socket.poll(round(1000 * timeout_s)):
             raise SourceError(f"no answer from the service at {endpoint} within {timeout_s:g} s")
@@ -92,15 +96,12 @@ def ask(endpoint: str, question: Mapping[str, Any], timeout_s: float) -> dict[st
     return answer
 
 
-def control_of(service: str, timeout_s: float = 3.0) -> str:
+def control_of(service: str, timeout_s: float = 3.0, peer: Peer | None = None) -> str:
     """The control endpoint of the service that publishes on `service`; it says so on its stats topic."""
     socket: zmq.Socket[bytes]
     with zmq.Context.instance().socket(zmq.SUB) as socket:
         socket.setsockopt(zmq.LINGER, 0)
-        try:
-            socket.connect(service)
-        except zmq.ZMQError as error:
-            raise SourceError(f"cannot connect to {service}: {error.strerror}") from None
+        connect(socket, service, peer)
         socket.subscribe(b"stats")
         if not socket.poll(round(1000 * timeout_s)):
             raise SourceError(

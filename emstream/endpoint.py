@@ -1,20 +1,43 @@
-"""Binding ZeroMQ sockets, with errors that say what to do."""
+"""Binding and connecting ZeroMQ sockets, with errors that say what to do."""
 
 from __future__ import annotations
 
+import ipaddress
+from dataclasses import dataclass
+
 import zmq
 
-from emstream.errors import OutputError
+from emstream.errors import OutputError, SourceError
+from emstream.keys import Doorkeeper, Peer
 
 
-def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
-    """Bind `socket` and return the endpoint with its real port, or close it and raise OutputError."""
+@dataclass(frozen=True)
+class Door:
+    """Who may connect to what a service binds: those whom `keeper` admits, or else who is on this machine."""
+
+    keeper: Doorkeeper | None = None
+    insecure: bool = False
+    """Anybody who can reach it."""
+
+
+def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> str:
+    """Bind `socket` and return the endpoint with its real port, or close it and raise OutputError.
+
+    Without a `door` it is left open to all; with one, an address that other machines can reach takes keys.
+    """
     problem = None
     port = endpoint.rpartition(":")[2]
     if endpoint.startswith("tcp:") and port.isdigit() and int(port) > 65535:
         problem = "ports end at 65535"  # ZeroMQ would silently take another one
+    elif door and not door.keeper and not door.insecure and reachable(endpoint):
+        problem = (
+            "other machines can reach it, and anybody there could look on; give --key and --admit "
+            "(emstream keygen makes keys), or --insecure on a network where that is no harm"
+        )
     else:
         try:
+            if door and door.keeper:
+                door.keeper.guard(socket)
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             problem = error.strerror
@@ -26,6 +49,30 @@ def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
             f"cannot publish on {endpoint}: {problem}; --output takes tcp://HOST:PORT or ipc://PATH"
         )
     return last_endpoint(socket)
+
+
+def reachable(endpoint: str) -> bool:
+    """Whether a socket bound to `endpoint` can be connected to from other machines."""
+    if not endpoint.startswith("tcp://"):
+        return False
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:  # *, an interface, a name
+        return host != "lo"
+
+
+def connect(socket: zmq.Socket[bytes], endpoint: str, peer: Peer | None = None) -> None:
+    """Connect `socket` to what a service publishes, or close it and raise SourceError."""
+    try:
+        if peer:
+            peer.introduce(socket)
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
 
 
 def last_endpoint(socket: zmq.Socket[bytes]) -> str:

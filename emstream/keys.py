@@ -149,11 +149,35 @@ class Doorkeeper:
         socket.curve_server = True
         socket.zap_domain = _DOMAIN.encode()
 
+    @property
+    def peer(self) -> Peer:
+        """For sockets of one's own that connect to those guarded."""
+        return Peer(self.pair, self.pair.public)
+
     def close(self) -> None:
         self._authenticator.stop()
 
 
-def introduce(socket: zmq.Socket[bytes], pair: KeyPair, server: bytes) -> None:
-    """`socket`, which connects next, shows `pair` and talks to nobody but the owner of the public key `server`."""
-    socket.curve_publickey, socket.curve_secretkey = pair.public, pair.secret
-    socket.curve_serverkey = server
+@dataclass(frozen=True)
+class Peer:
+    """Whom one connects to: it is shown one's own keys, and nobody but the owner of `server` is talked to."""
+
+    own: KeyPair
+    server: bytes
+
+    @classmethod
+    def of(cls, key: Path | None, server_key: Path | None) -> Peer | None:
+        """From one's own .key_secret file and the other's .key file; None without either."""
+        if key is None and server_key is None:
+            return None
+        if key is None or server_key is None:
+            raise ValueError(
+                f"an encrypted connection takes two keys, your own secret one and the other side's public one, got "
+                f"{key or server_key} alone"
+            )
+        return cls(read_pair(key), read_public(server_key))
+
+    def introduce(self, socket: zmq.Socket[bytes]) -> None:
+        """Of a `socket` that connects next."""
+        socket.curve_publickey, socket.curve_secretkey = self.own.public, self.own.secret
+        socket.curve_serverkey = self.server

@@ -19,8 +19,10 @@ import numpy as np
 import zmq
 
 from emstream import client, wire
-from emstream.errors import EmstreamError, MalformedFrame, SourceError
+from emstream.endpoint import connect
+from emstream.errors import EmstreamError, MalformedFrame
 from emstream.frame import Frame
+from emstream.keys import Peer
 
 if TYPE_CHECKING:
     import napari
@@ -39,7 +41,9 @@ class LiveLayer:
     frame's header; contrast and colours are the user's once it is there.
     """
 
-    def __init__(self, viewer: Any, endpoint: str = DEFAULT_INPUT, topic: str = "denoised") -> None:
+    def __init__(
+        self, viewer: Any, endpoint: str = DEFAULT_INPUT, topic: str = "denoised", peer: Peer | None = None
+    ) -> None:
         if topic not in ("denoised", "raw"):
             raise ValueError(f"topic must be denoised or raw, got {topic!r}")
         self.layer: Any = None
@@ -49,11 +53,7 @@ class LiveLayer:
         subscriber: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         subscriber.linger = 0
         subscriber.rcvhwm = _QUEUE_FRAMES
-        try:
-            subscriber.connect(endpoint)
-        except zmq.ZMQError as error:
-            subscriber.close()
-            raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
+        connect(subscriber, endpoint, peer)
         subscriber.subscribe(topic)
         self._thread = threading.Thread(
             target=self._receive, args=(subscriber,), name="napari-receiver", daemon=True

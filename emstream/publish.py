@@ -16,7 +16,7 @@ import numpy as np
 import zmq
 
 from emstream import wire
-from emstream.endpoint import bind
+from emstream.endpoint import Door, bind
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.outputs import Output
@@ -37,8 +37,9 @@ class Publisher:
         ledger: Ledger,
         queue: int = DEFAULT_QUEUE,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        door: Door | None = None,
     ) -> None:
-        """Bind `endpoint`. A subscriber may lag by `queue` messages before it loses some."""
+        """Bind `endpoint` for those whom `door` lets in. One that lags by `queue` messages loses some."""
         if queue < 1:
             raise ValueError(f"a subscriber's queue must hold at least 1 message, got {queue}")
         self._ledger = ledger
@@ -53,7 +54,7 @@ class Publisher:
         self._socket = (context or zmq.Context.instance()).socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._socket.linger = 2000
-        self.endpoint = bind(self._socket, endpoint)
+        self.endpoint = bind(self._socket, endpoint, door)
 
     def add(self, output: Output) -> None:
         """Send every frame there, too. Closed together with this."""

@@ -33,8 +33,10 @@ from typing import Any
 import zmq
 
 from emstream import client, wire
-from emstream.errors import MalformedFrame, OutputError, SourceError
+from emstream.endpoint import connect
+from emstream.errors import MalformedFrame, OutputError
 from emstream.frame import Frame, now_ns
+from emstream.keys import Peer
 from emstream.publish import DENOISED, RAW, STATS
 from emstream.recording import disk
 from emstream.recording.backlog import Backlog, Entry
@@ -81,6 +83,8 @@ class RecordSettings:
     overwrite: bool = False
     dated: bool = False
     """Add date and time to the name of a file, too."""
+    peer: Peer | None = None
+    """For a service that takes keys."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.look_back_s < 1e6:
@@ -267,11 +271,7 @@ class Recorder:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         socket.linger = 0
         socket.rcvhwm = _QUEUE_MESSAGES
-        try:
-            socket.connect(self.settings.input)
-        except zmq.ZMQError as error:
-            socket.close()
-            raise SourceError(f"cannot subscribe to {self.settings.input}: {error.strerror}") from None
+        connect(socket, self.settings.input, self.settings.peer)
         for topic in (RAW, DENOISED, STATS, *([hello] if hello else [])):
             socket.subscribe(topic)
         return socket

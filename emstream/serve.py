@@ -22,12 +22,14 @@ import numpy as np
 from emstream import outputs
 from emstream.control import Answer, Control
 from emstream.corrections import Corrections, Region, check_calibration
+from emstream.endpoint import Door, reachable
 from emstream.errors import (
     EmstreamError,
     EngineError,
     EngineUnavailable,
     FileFormatError,
     MalformedFrame,
+    OutputError,
     SourceError,
     Stalled,
 )
@@ -36,6 +38,7 @@ from emstream.inference import load_engine
 from emstream.inference.engine import Engine
 from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
+from emstream.keys import Doorkeeper, Peer, read_pair
 from emstream.ledger import Ledger
 from emstream.memory import keep_freed_blocks
 from emstream.metrics import MetricsServer, Watched, host_and_port
@@ -112,6 +115,14 @@ class Settings:
     """How long the engine or another part may hang before the service gives up."""
     frames: int | None = None
     """Stop after this many published frames."""
+    key: Path | None = None
+    """This service's .key_secret file; with `admit`, what it binds takes keys."""
+    admit: Path | None = None
+    """Folder of the .key files of those who may connect."""
+    camera_key: Path | None = None
+    """The .key file of a camera that takes keys."""
+    insecure: bool = False
+    """Without keys, bind addresses that other machines can reach all the same."""
     metrics: str | None = None
     """HOST:PORT that answers monitoring; None for none."""
     control: str | None = "tcp://127.0.0.1:*"
@@ -132,6 +143,12 @@ class Settings:
                 raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
         if self.metrics is not None:
             host_and_port(self.metrics)
+        if self.admit and not self.key:
+            raise ValueError("--admit takes --key, the service's own secret key, too")
+        if self.key and not self.admit and not self.camera_key:
+            raise ValueError("--key takes --admit, the folder of those who may connect, or --camera-key, too")
+        if self.camera_key and not self.key:
+            raise ValueError("--camera-key takes --key, the service's own secret key, too")
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
 
@@ -193,6 +210,12 @@ class Service:
     ring: Ring
     settings: Settings
     corrections: Corrections
+    door: Door
+
+    @property
+    def peer(self) -> Peer | None:
+        """What those who belong to the service connect to it with."""
+        return self.door.keeper.peer if self.door.keeper else None
 
     def swap(self, path: str | Path) -> dict[str, Any]:
         """Load, prepare and test another engine beside the running one, and let it have the next batch.
@@ -233,6 +256,8 @@ class Service:
     def close(self) -> None:
         self.publisher.close()
         self.engine.close()
+        if self.door.keeper:
+            self.door.keeper.close()
 
 
 def _text(question: Mapping[str, Any], key: str) -> str:
@@ -267,9 +292,19 @@ def build(
         if fallback is not None:
             stack.callback(fallback.close)
         supervised = SupervisedEngine(engine, reload=reload, fallback=fallback)
-        service = _assemble(settings, ledger, corrections, supervised, source)
+        door = _door(settings)
+        if door.keeper:
+            stack.callback(door.keeper.close)
+        service = _assemble(settings, ledger, corrections, supervised, source, door)
         stack.pop_all()
     return service
+
+
+def _door(settings: Settings) -> Door:
+    if settings.admit is None:
+        return Door(insecure=settings.insecure)
+    assert settings.key is not None
+    return Door(Doorkeeper(read_pair(settings.key), settings.admit))
 
 
 def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
@@ -310,6 +345,7 @@ def _assemble(
     corrections: Corrections,
     supervised: SupervisedEngine,
     source: Source | None,
+    door: Door,
 ) -> Service:
     engine = supervised.current
     max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
@@ -322,11 +358,12 @@ def _assemble(
     )
     ring.prepare(*settings.expected_frame(engine, corrections))
     native, others = outputs.orders(settings.output)
-    publisher = Publisher(native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue)
+    publisher = Publisher(native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue, door=door)
     try:
         for order in others:
-            publisher.add(outputs.Output(order, settings.queue))
-        source = source or open_source(settings.input, settings.max_frame_bytes)
+            publisher.add(outputs.Output(order, settings.queue, door=door))
+        peer = None if settings.camera_key is None else Peer.of(settings.key, settings.camera_key)
+        source = source or open_source(settings.input, settings.max_frame_bytes, peer, door)
     except Exception:
         publisher.close(linger_s=0)
         raise
@@ -351,7 +388,7 @@ def _assemble(
         stall_limit_s=settings.stall_limit_s,
         watchdog=watchdog,
     )
-    return Service(pipeline, publisher, supervised, ledger, ring, settings, corrections)
+    return Service(pipeline, publisher, supervised, ledger, ring, settings, corrections, door)
 
 
 def serve(
@@ -393,6 +430,11 @@ def _metrics(service: Service) -> Iterator[None]:
         stalled=lambda: service.pipeline.stalled,
         free_gpu_bytes=lambda: service.engine.current.memory_free(),
     )
+    if not service.settings.insecure and reachable(f"tcp://{service.settings.metrics}"):
+        raise OutputError(
+            f"cannot serve metrics on {service.settings.metrics}: other machines can reach it, and anybody there could "
+            "look on; give an address of this machine alone such as 127.0.0.1:9095, or --insecure"
+        )
     server = MetricsServer(service.settings.metrics, watched)
     log.info("metrics: %s/metrics", server.url)
     server.start()
@@ -408,7 +450,7 @@ def _control(service: Service) -> Iterator[None]:
     if service.settings.control is None:
         yield
         return
-    control = Control(service.settings.control, service.answers())
+    control = Control(service.settings.control, service.answers(), door=service.door)
     service.publisher.about["control"] = control.endpoint
     control.start()
     try:

@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from emstream import recorded, wire
+from emstream.endpoint import connect
 from emstream.errors import MalformedFrame, SourceError
+from emstream.keys import Peer
 from emstream.printable import printable
 from emstream.publish import STATS
 
@@ -41,7 +43,9 @@ _SAID = {
 }
 
 
-def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str, Any], None, None]:
+def statuses(
+    endpoint: str, *, silent_s: float = SILENT_S, peer: Peer | None = None
+) -> Generator[dict[str, Any], None, None]:
     """Yield the service's figures as they come, at least once a second, and with state ``silent`` when none do.
 
     ``frames_per_s`` is that of the last second or two, and None before there is one. Keys: ``state`` (live, quiet,
@@ -51,10 +55,7 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     socket.linger = 0
     try:
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
+        connect(socket, endpoint, peer)
         socket.subscribe(STATS)
         status: dict[str, Any] = {"input": endpoint, "alarms": []}
         before: dict[str, Any] | None = None
@@ -74,9 +75,9 @@ def statuses(endpoint: str, *, silent_s: float = SILENT_S) -> Generator[dict[str
         socket.close()
 
 
-def status_once(endpoint: str, *, silent_s: float = SILENT_S) -> dict[str, Any]:
+def status_once(endpoint: str, *, silent_s: float = SILENT_S, peer: Peer | None = None) -> dict[str, Any]:
     """The figures of the last second; raises SourceError when nothing is heard, or nothing more."""
-    heard, deadline_s = statuses(endpoint, silent_s=silent_s), time.monotonic() + silent_s
+    heard, deadline_s = statuses(endpoint, silent_s=silent_s, peer=peer), time.monotonic() + silent_s
     status = next(heard)
     if status["state"] == "silent":
         raise SourceError(f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running?")

@@ -41,7 +41,7 @@ def hears(context: Any, door: Any, pair: KeyPair | None, server: bytes = b"") ->
     with context.socket(zmq.SUB) as socket:
         socket.linger = 0
         if pair:
-            keys.introduce(socket, pair, server)
+            keys.Peer(pair, server).introduce(socket)
         socket.connect(door.get(zmq.LAST_ENDPOINT).decode().rstrip("\0"))
         socket.subscribe(b"")
         end = time.monotonic() + 1

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import zmq
 
+from emstream.endpoint import Door
 from emstream.outputs import array1, karabo
 from emstream.outputs.sockets import SOCKETS, Buffer, Sender
 
@@ -84,7 +85,11 @@ class Output:
     """One socket and what goes out on it; the publishing thread calls it."""
 
     def __init__(
-        self, order: Order, queue: int, context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self,
+        order: Order,
+        queue: int,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        door: Door | None = None,
     ) -> None:
         """Bind it. Raises OutputError for an endpoint that cannot be bound.
 
@@ -95,7 +100,10 @@ class Output:
         self._about = {"format": order.format, "stream": order.stream, "socket": order.socket}
         kind = SOCKETS[order.socket]
         self._sender: Sender = kind(
-            order.endpoint, order.queue or kind.default_queue or queue, context or zmq.Context.instance()
+            order.endpoint,
+            order.queue or kind.default_queue or queue,
+            context or zmq.Context.instance(),
+            door,
         )
         self.endpoint = self._sender.endpoint
 

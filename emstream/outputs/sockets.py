@@ -20,7 +20,7 @@ from typing import Protocol
 
 import zmq
 
-from emstream.endpoint import bind
+from emstream.endpoint import Door, bind
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,13 @@ class Broadcast:
 
     default_queue = None
 
-    def __init__(self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+    ) -> None:
         self._socket = context.socket(zmq.XPUB)
         self._socket.sndhwm = queue
         self._subscribed: set[bytes] = set()
-        self.endpoint = bind(self._socket, endpoint)
+        self.endpoint = bind(self._socket, endpoint, door)
         self.sent = 0
         self.skipped = None
 
@@ -82,10 +84,12 @@ class Push:
 
     default_queue = None
 
-    def __init__(self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+    ) -> None:
         self._socket = context.socket(zmq.PUSH)
         self._socket.sndhwm = queue
-        self.endpoint = bind(self._socket, endpoint)
+        self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
 
     def wants(self) -> bool:
@@ -123,11 +127,13 @@ class Replies:
 
     default_queue = 1
 
-    def __init__(self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+    ) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LARGEST_REQUEST
         self._socket.router_mandatory = 1  # says when a client is gone
-        self.endpoint = bind(self._socket, endpoint)
+        self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
         self._clients: dict[bytes, _Client] = {}
         self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue)

@@ -17,8 +17,10 @@ from importlib.metadata import entry_points
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from emstream.endpoint import Door
 from emstream.errors import SourceError
 from emstream.intake import Source
+from emstream.keys import Peer
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES
 
 SCHEMES = {
@@ -38,7 +40,12 @@ SCHEMES = {
 GROUP = "emstream.sources"
 
 
-def open_source(url: str, max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> Source:
+def open_source(
+    url: str,
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+    peer: Peer | None = None,
+    door: Door | None = None,
+) -> Source:
     """Make the source that `url` names, e.g. ``tcp://127.0.0.1:5555`` or ``file:///movie.h5?rate=40``.
 
     Raises ValueError for a URL that makes no sense, SourceError for one that cannot be opened.
@@ -48,9 +55,10 @@ def open_source(url: str, max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> Sou
         make = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}").from_url
     else:
         make = _installed(url, parts.scheme)
-    source: Source = make(
-        Url(url, parts, dict(parse_qsl(parts.query, keep_blank_values=True)), max_frame_bytes)
-    )
+    if peer and SCHEMES.get(parts.scheme) != "zmq":
+        raise ValueError(f"--camera-key is for tcp:// and pull+tcp:// inputs, got --input {url!r}")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    source: Source = make(Url(url, parts, options, max_frame_bytes, peer, door))
     return source
 
 
@@ -88,6 +96,10 @@ class Url:
     parts: SplitResult
     options: dict[str, str]
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
+    peer: Peer | None = None
+    """The camera's keys and one's own, for one that takes keys."""
+    door: Door | None = None
+    """Which cameras may connect, where they do."""
 
     @property
     def path(self) -> str:

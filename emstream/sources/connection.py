@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import zmq
 
-from emstream.endpoint import last_endpoint
+from emstream.endpoint import Door, last_endpoint, reachable
 from emstream.errors import SourceError
 from emstream.intake import Intake
+from emstream.keys import Peer
 from emstream.sources import Url
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,13 @@ class Connection:
         topic: str = "",
         bind: bool = False,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        peer: Peer | None = None,
+        door: Door | None = None,
     ) -> None:
-        """Beyond `max_message_bytes` for a part of a message ZeroMQ drops the connection."""
+        """Beyond `max_message_bytes` for a part of a message ZeroMQ drops the connection.
+
+        `peer` is a camera that takes keys; with `bind`, `door` says which cameras may connect.
+        """
         self.socket = (context or zmq.Context.instance()).socket(kind)
         self.socket.rcvhwm = QUEUE_FRAMES
         self.socket.linger = 0
@@ -61,10 +67,20 @@ class Connection:
         self.socket.tcp_keepalive_cnt = 3
         if kind == zmq.SUB:
             self.socket.subscribe(topic)
+        if bind and door and not door.keeper and not door.insecure and reachable(endpoint):
+            self.socket.close()
+            raise SourceError(
+                f"cannot open {endpoint} for input: other machines can reach it, and anybody there could send "
+                "frames; give --key and --admit (emstream keygen makes keys), or --insecure"
+            )
         try:
             if bind:
+                if door and door.keeper:
+                    door.keeper.guard(self.socket)
                 self.socket.bind(endpoint)
             else:
+                if peer:
+                    peer.introduce(self.socket)
                 self.socket.connect(endpoint)
         except zmq.ZMQError as error:
             self.socket.close()

@@ -14,9 +14,11 @@ import numpy as np
 import zmq
 
 from emstream import wire
+from emstream.endpoint import Door
 from emstream.errors import MalformedFrame
 from emstream.frame import FrameHeader
 from emstream.intake import Intake
+from emstream.keys import Peer
 from emstream.sources import Url
 from emstream.sources.connection import QUEUE_FRAMES as QUEUE_FRAMES
 from emstream.sources.connection import Connection, address
@@ -33,6 +35,8 @@ def from_url(url: Url) -> ZmqSource:
         topic=url.options.get("topic", ""),
         bind=url.flag("bind"),
         max_frame_bytes=url.max_frame_bytes,
+        peer=url.peer,
+        door=url.door,
     )
 
 
@@ -48,6 +52,8 @@ class ZmqSource:
         bind: bool = False,
         max_frame_bytes: int = wire.DEFAULT_MAX_FRAME_BYTES,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        peer: Peer | None = None,
+        door: Door | None = None,
     ) -> None:
         self.lossless = lossless
         self._proven: tuple[tuple[int, int], str] | None = None  # size and type of the last whole frame
@@ -59,6 +65,8 @@ class ZmqSource:
             topic=topic,
             bind=bind,
             context=context,
+            peer=peer,
+            door=door,
         )
         self._socket = self._connection.socket
         self._is_array = False  # the message being read

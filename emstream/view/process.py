@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from emstream.errors import EmstreamError, OutputError
+from emstream.keys import Peer
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class ViewProcess:
         port: int = 8080,
         token: str | None = None,
         on_record: Callable[[str], None] | None = None,
+        peer: Peer | None = None,
     ) -> None:
         self._input_endpoint, self._on_record = input_endpoint, on_record
         self._stopping = False
@@ -39,7 +41,7 @@ class ViewProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_main,
-            args=(theirs, input_endpoint, host, port, token, on_record is not None),
+            args=(theirs, input_endpoint, host, port, token, on_record is not None, peer),
             name="view",
             daemon=True,
         )
@@ -98,7 +100,13 @@ class ViewProcess:
 
 
 def _main(
-    pipe: Connection, input_endpoint: str, host: str, port: int, token: str | None, records: bool
+    pipe: Connection,
+    input_endpoint: str,
+    host: str,
+    port: int,
+    token: str | None,
+    records: bool,
+    peer: Peer | None,
 ) -> None:
     # Ctrl-C reaches the whole terminal; the page stays until the service has drained.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -107,7 +115,7 @@ def _main(
     try:
         from emstream.view import ViewServer
 
-        server = ViewServer(input_endpoint, host, port, token, pipe.send if records else None)
+        server = ViewServer(input_endpoint, host, port, token, pipe.send if records else None, peer)
         server.start()
     except (EmstreamError, ValueError) as error:
         pipe.send(error)

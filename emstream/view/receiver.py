@@ -12,8 +12,10 @@ from typing import Any
 import zmq
 
 from emstream import client, recorded, wire
-from emstream.errors import MalformedFrame, SourceError
+from emstream.endpoint import connect
+from emstream.errors import MalformedFrame
 from emstream.frame import Frame, now_ns
+from emstream.keys import Peer
 from emstream.publish import DENOISED, RAW, STATS
 from emstream.view.history import History
 from emstream.view.pair import Pair
@@ -31,8 +33,10 @@ _PERCENTILES = ("p50", "p99", "max")
 class Receiver:
     """Keeps the last pairs of a running emstream. One thread writes, any thread reads."""
 
-    def __init__(self, endpoint: str, on_pair: Callable[[], None] = lambda: None) -> None:
-        self.endpoint = endpoint
+    def __init__(
+        self, endpoint: str, on_pair: Callable[[], None] = lambda: None, peer: Peer | None = None
+    ) -> None:
+        self.endpoint, self._peer = endpoint, peer
         self.history = History()
         self._on_pair = on_pair
         self._raw: Frame | None = None
@@ -57,11 +61,7 @@ class Receiver:
         subscriber: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         subscriber.linger = 0
         subscriber.rcvhwm = client.QUEUE_FRAMES
-        try:
-            subscriber.connect(self.endpoint)
-        except zmq.ZMQError as error:
-            subscriber.close()
-            raise SourceError(f"cannot subscribe to {self.endpoint}: {error.strerror}") from None
+        connect(subscriber, self.endpoint, self._peer)
         for topic in (RAW, DENOISED, STATS):
             subscriber.subscribe(topic)
         self._thread = threading.Thread(

@@ -46,6 +46,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from emstream.errors import OutputError, SourceError
+from emstream.keys import Peer
 from emstream.view import snapshot
 from emstream.view.door import Door, in_url, public_name, token_for
 from emstream.view.history import extent
@@ -99,7 +100,8 @@ class ViewServer:
     Only browsers that ask for the page by a loopback name or by `host` are answered, and
     only the page itself may open /live: other sites' pages stay out. A `host` that other machines
     can reach asks for a token, which is part of `url`. Port 0 picks a free one. `on_record` gets ``begin``
-    and ``end`` from the viewers; without it there is no recorder that they could tell.
+    and ``end`` from the viewers; without it there is no recorder that they could tell. `peer` is for an
+    emstream that takes keys.
     """
 
     def __init__(
@@ -109,11 +111,12 @@ class ViewServer:
         port: int = 8080,
         token: str | None = None,
         on_record: Callable[[str], None] | None = None,
+        peer: Peer | None = None,
     ) -> None:
         if not 0 <= port <= 65535:
             raise ValueError(f"port must lie in 0-65535, got {port}")
         self.host, self.port, self.token = host, port, token_for(host, token)
-        self._receiver = Receiver(input_endpoint, self._on_pair)
+        self._receiver = Receiver(input_endpoint, self._on_pair, peer)
         self._painter = Painter()
         self._on_record = on_record
         self._viewers: set[Viewer] = set()

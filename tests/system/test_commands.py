@@ -353,4 +353,4 @@ def test_orders_to_no_service_are_explained(tmp_path: Path) -> None:
     assert "no service at ipc://" in done.stderr
     done = emstream("engine", "swap", "x.onnx", "--service", "nonsense")
     assert done.returncode == 1
-    assert "cannot connect to nonsense" in done.stderr
+    assert "cannot subscribe to nonsense" in done.stderr
