@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emstream import recorded, wire
+from emstream import recorded, trusted, wire
 from emstream.endpoint import connect
 from emstream.errors import MalformedFrame, SourceError
 from emstream.keys import Peer
@@ -128,12 +128,21 @@ def panel(status: dict[str, Any]) -> RenderableType:
         "  ".join(f"{name} {_digits(latency[stage])}" for name, stage in _STAGES.items() if stage in latency)
         + " ms (p50)",
     )
+    if (trust := status.get("trust")) and (trust["psnr_db"] or trust["state"]):
+        table.add_row("quality", _quality(trust))
     table.add_row("ledger", _ledger(status["ledger"]))
     if recording := status.get("recording"):
         table.add_row("recording", _recording(recording))
     name = f"{engine.get('name', '-')} {str(engine.get('sha256', ''))[:8]}"
     table.add_row("engine", Text(f"{name}   {engine.get('device', '')}"))
     return table
+
+
+def _quality(trust: dict[str, Any]) -> str:
+    if trust["psnr_db"] is None:
+        return f"{trust['state']} yet"
+    estimate = trust["psnr_db"]
+    return f"PSNR {estimate['value']:.1f} dB ({estimate['low']:.1f}-{estimate['high']:.1f}), estimated from the stream"
 
 
 def _receive(socket: zmq.Socket[bytes], silent_s: float) -> dict[str, Any] | None:
@@ -169,6 +178,8 @@ def _figures(endpoint: str, message: dict[str, Any]) -> dict[str, Any]:
         alarms.append("dose outside the engine's range")
     recording = recorded.recording_of(message)
     alarms += recording["faults"] if recording else []
+    trust = trusted.trust_of(message)
+    alarms += trust["faults"]
     engine = message.get("engine")
     return {
         "state": "waiting" if "frame" not in newest else "quiet" if is_quiet else "live",
@@ -183,6 +194,7 @@ def _figures(endpoint: str, message: dict[str, Any]) -> dict[str, Any]:
             if isinstance(engine, dict) and isinstance(engine.get(key), str)
         },
         "recording": recording,
+        "trust": trust,
     }
 
 

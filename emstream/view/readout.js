@@ -41,7 +41,7 @@ export class Readout {
     const found = FAULTS.filter((name) => this.latest.ledger?.[name] > 0)
       .map((name) => `${whole(this.latest.ledger[name])} ${name}`);
     if (this.latest.in_domain === false) found.push(OUTSIDE);
-    found.push(...this.latest.recording?.faults ?? []);
+    found.push(...this.latest.recording?.faults ?? [], ...this.latest.trust?.faults ?? []);
     return found.join(", ");
   }
 
@@ -74,6 +74,9 @@ export class Readout {
     element("engine-sha").title = engine?.sha256 ?? "";
     setText("engine-device", engine?.device ?? "");
     element("engine-device").title = engine?.device ?? "";
+    const { psnr_db: quality, state: known } = latest.trust ?? {};
+    setText("quality", digits(quality?.value));
+    setText("quality-note", quality ? `${digits(quality.low)}–${digits(quality.high)}, estimated` : known ?? "not estimated");
     const { p99 } = latest.latency_so_far_ms ?? {};
     setText("latency-span", p99 === undefined ? "received → published" : `p99 ${digits(p99)}`);
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from emstream import client, recorded, wire
+from emstream import client, recorded, trusted, wire
 from emstream.endpoint import connect
 from emstream.errors import MalformedFrame
 from emstream.frame import Frame, now_ns
@@ -44,6 +44,7 @@ class Receiver:
         self._ledger: dict[str, float] = {}
         self._engine: dict[str, str] = {}
         self._recording: dict[str, Any] | None = None
+        self._trust: dict[str, Any] | None = None
         self._percentiles_ms: dict[str, float] = {}
         self._faults: float | None = None
         self._keys = itertools.count(1)
@@ -90,6 +91,7 @@ class Receiver:
             "latency_so_far_ms": self._percentiles_ms,
             "engine": self._engine,
             "recording": self._recording if serving else None,
+            "trust": self._trust if serving else None,
         }
 
     def _run(self, subscriber: zmq.Socket[bytes]) -> None:
@@ -108,6 +110,7 @@ class Receiver:
             self._note(message)
             self._percentiles_ms = wire.numbers(message.get("latency_ms"), _PERCENTILES)
             self._recording = recorded.recording_of(message)
+            self._trust = trusted.trust_of(message)
             return
         frame, _ = client.read(parts)
         if frame is None:
