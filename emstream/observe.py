@@ -20,6 +20,7 @@ from emstream.trust import Trust
 
 log = logging.getLogger(__name__)
 _PAIR_EVERY_NS = 100_000_000
+_SOON = 8  # frames: some between are lost when the engine cannot keep up
 _SPECTRUM_EVERY_NS = 500_000_000
 
 
@@ -32,10 +33,10 @@ class _First:
     denoised: np.ndarray
 
     def precedes(self, header: FrameHeader) -> bool:
+        """Whether `header` is of the same scene, soon enough that little has moved."""
         mine = self.header
-        return (mine.source, mine.series, mine.frame + 1, mine.shape) == (
-            header.source, header.series, header.frame, header.shape
-        )  # fmt: skip
+        same = (mine.source, mine.series, mine.shape) == (header.source, header.series, header.shape)
+        return same and 0 < header.frame - mine.frame <= _SOON
 
 
 @dataclass(frozen=True)

@@ -226,8 +226,9 @@ def test_frames_are_paired_with_their_successors_also_across_batches(clock: list
     assert seen([[1, 2], [3], [4], [5]], clock) == [(1, 2), (3, 4)]
 
 
-def test_frames_with_a_gap_between_are_no_pair(clock: list[int]) -> None:
-    assert seen([[1], [3], [4], [5]], clock) == [(4, 5)]
+def test_frames_with_a_gap_between_are_a_pair_while_it_is_small(clock: list[int]) -> None:
+    assert seen([[1], [9], [20], [29], [30], [31]], clock) == [(1, 9), (30, 31)]
+    assert seen([[5], [4], [6], [7]], clock) == [(6, 7)]
 
 
 def test_pairs_are_taken_now_and_then(clock: list[int]) -> None:
