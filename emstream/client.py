@@ -24,8 +24,8 @@ def subscribe(
     *,
     timeout_s: float | None = None,
     until_end: bool = False,
-    key: Path | None = None,
-    service_key: Path | None = None,
+    key: str | Path | None = None,
+    service_key: str | Path | None = None,
 ) -> Iterator[Frame]:
     """Yield frames as they are published, for ever.
 

@@ -166,7 +166,7 @@ class Peer:
     server: bytes
 
     @classmethod
-    def of(cls, key: Path | None, server_key: Path | None) -> Peer | None:
+    def of(cls, key: str | Path | None, server_key: str | Path | None) -> Peer | None:
         """From one's own .key_secret file and the other's .key file; None without either."""
         if key is None and server_key is None:
             return None
@@ -175,7 +175,7 @@ class Peer:
                 f"an encrypted connection takes two keys, your own secret one and the other side's public one, got "
                 f"{key or server_key} alone"
             )
-        return cls(read_pair(key), read_public(server_key))
+        return cls(read_pair(Path(key)), read_public(Path(server_key)))
 
     def introduce(self, socket: zmq.Socket[bytes]) -> None:
         """Of a `socket` that connects next."""

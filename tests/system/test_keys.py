@@ -45,7 +45,7 @@ def test_frames_pass_encrypted_from_camera_to_display_and_to_nobody_else(
     line_with(service, "engine identity on")
     endpoint = f"tcp://127.0.0.1:{output}"
     own = {"key": keys / "display.key_secret", "service_key": keys / "service.key"}
-    frames = package.subscribe(endpoint, timeout_s=30, **own)
+    frames = package.subscribe(endpoint, timeout_s=30, **{name: str(path) for name, path in own.items()})
     try:
         received = []
         for n in range(40):
