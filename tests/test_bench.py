@@ -176,3 +176,15 @@ def test_simulator_of_others_is_received_whole_and_outlived(bench: Any) -> None:
     for case in (whole, killed):
         assert case["exact"]
         assert case["wrong"] == case["ledger"]["missing"] == case["ledger"]["rejected"] == 0
+
+
+def test_chaos_keeps_the_ledger_exact(bench: Any) -> None:
+    results = bench("chaos", "--schedules", "2", "--seed", "3")
+    assert results["exact"] == 2, [each["wrong"] for each in results["schedules"]]
+    assert all(event["back_s"] >= 0 for each in results["schedules"] for event in each["events"])
+
+
+def test_trust_is_held_against_the_truth(bench: Any) -> None:
+    results = bench("trust")
+    assert set(results["scenes"]) == {"still", "drifting and hopping"}
+    assert all(each["streams"] == 2 for each in results["scenes"].values())

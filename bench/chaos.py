@@ -1,0 +1,346 @@
+"""What is left of the ledger, the frames and the recording when everything around a service misbehaves?
+
+Each schedule, seeded, is a service of its own (identity engine, recorder beside it, overrun block) and a
+random sequence of: the camera dies in mid-message and comes back with a new series; a viewer is killed; one
+stops reading; the recorder is killed, or meets a full disk; the whole service stands still (SIGSTOP); a flood
+of garbage; frames of other sizes; time stamps that jump. Every frame carries a checksum of its pixels.
+
+Exact: the ledger adds up; every frame published was sent, in order, once, with its own pixels; all
+that was received came out; what the recording holds is a run of frames that were published, unaltered, and all
+of them unless the recorder was killed or its disk was full. Back: from the end of an event to the next
+published frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zmq
+
+from bench import report
+from emstream import wire
+from emstream.frame import FrameHeader, now_ns
+from emstream.publish import DENOISED, RAW
+from emstream.recording import Recording
+
+TARGET_S = 2.0
+_SIZES = ((64, 64), (64, 64), (128, 96), (33, 47))
+_PATIENCE_S = 30.0
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = report.parser("chaos", __doc__)
+    parser.add_argument("--schedules", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--events", type=int, default=6, help="in each schedule (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first schedule (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.schedules = min(arguments.schedules, 2)
+    results: dict[str, Any] = {**report.stamp("chaos", argv), "events": arguments.events, "schedules": []}
+    with report.progress("chaos", arguments.schedules) as show:
+        for n in range(arguments.schedules):
+            show(n, f"schedule {arguments.seed + n}")
+            results["schedules"].append(schedule(arguments.seed + n, arguments))
+    results["back_s"] = report.percentiles(
+        [event["back_s"] for each in results["schedules"] for event in each["events"]]
+    )
+    results["exact"] = sum(not each["wrong"] for each in results["schedules"])
+    report.write("chaos", "Chaos", results, _markdown(results), arguments)
+    return results
+
+
+@dataclass
+class Stage:
+    """A service, its camera and a subscriber that checks everything."""
+
+    folder: Path
+    rng: random.Random
+    context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
+    sent: set[tuple[int, int]] = field(default_factory=set)
+    seen: list[tuple[int, int]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    garbage: int = 0
+    series: int = 0
+    frame: int = 0
+    lost_recording: bool = False
+    last_s: float = 0.0
+    """When a frame was published last [monotonic]."""
+
+    def __post_init__(self) -> None:
+        self.camera: zmq.Socket[bytes] | None = None
+        self.appear()
+        command = [
+            sys.executable, "-m", "emstream", "serve", "--engine", "identity", "--overrun", "block", "--slots", "64",
+            "--queue", "1000000", "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
+            "--expect", "64x64:uint8", "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
+            "--json",
+        ]  # fmt: skip
+        self.service = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=(self.folder / "log").open("w"), text=True
+        )
+        self._wait(lambda: "engine identity on" in (self.folder / "log").read_text(), "the service to start")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._subscribe)
+        self._ready = threading.Event()
+        self._thread.start()
+        self._ready.wait(_PATIENCE_S)
+
+    # -- the camera -----------------------------------------------------------------
+
+    def appear(self) -> None:
+        self.camera = self.context.socket(zmq.PUSH)
+        self.camera.linger = 0
+        self.camera.sndhwm = 1000
+        self.camera.sndtimeo = int(1000 * _PATIENCE_S)
+        self.camera.bind(f"ipc://{self.folder}/camera")
+        self.series, self.frame = self.series + 1, 0
+
+    def vanish(self) -> None:
+        assert self.camera
+        self.camera.close(linger=0)
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "camera").unlink()
+
+    def send(
+        self, count: int = 1, shape: tuple[int, int] = (64, 64), timestamp_ns: int | None = None
+    ) -> None:
+        assert self.camera
+        for _ in range(count):
+            number, self.frame = self.frame, self.frame + 1
+            pixels = np.random.default_rng((self.series, number)).integers(0, 255, shape, np.uint8)
+            header = FrameHeader(
+                frame=number, shape=shape, type="uint8", source="chaos", series=self.series,
+                timestamp_ns=timestamp_ns, extra={"crc": zlib.crc32(pixels.tobytes())},
+            )  # fmt: skip
+            self.sent.add((self.series, number))
+            self.camera.send_multipart([b"raw", wire.pack(wire.map_of(header)), pixels.tobytes()])
+
+    def rubbish(self, parts: list[bytes]) -> None:
+        assert self.camera
+        self.garbage += 1
+        self.camera.send_multipart(parts)
+
+    # -- what is published -------------------------------------------------------------
+
+    def _subscribe(self) -> None:
+        socket = self.context.socket(zmq.SUB)
+        socket.rcvhwm = 0
+        socket.linger = 0
+        socket.connect(f"ipc://{self.folder}/out")
+        for topic in (DENOISED, b"stats"):
+            socket.subscribe(topic)
+        while not (self._stop.is_set() and not socket.poll(200)):
+            if not socket.poll(100):
+                continue
+            parts = socket.recv_multipart()
+            self._ready.set()  # statistics come before the first frame
+            head = wire.unpack(parts[1])
+            if head["htype"] == wire.FRAME:
+                self._check(head, np.frombuffer(parts[2], np.float32))
+                self.last_s = time.monotonic()
+        socket.close()
+
+    def _check(self, head: dict[str, Any], pixels: np.ndarray) -> None:
+        key = (head["series"], head["frame"])
+        if key not in self.sent:
+            self.wrong.append(f"{key} was published and never sent")
+        if self.seen and key <= self.seen[-1]:
+            self.wrong.append(f"{key} was published after {self.seen[-1]}")
+        if zlib.crc32(pixels.astype(np.uint8).tobytes()) != head["crc"]:
+            self.wrong.append(f"{key} was published with other pixels")
+        counted = head["ledger"]
+        if counted["received"] != sum(
+            counted[name] for name in ("published", "dropped", "rejected", "failed", "in_flight")
+        ):
+            self.wrong.append(f"the ledger of {key} does not add up: {counted}")
+        self.seen.append(key)
+
+    # -- events --------------------------------------------------------------------------
+
+    def camera_dies(self) -> None:
+        self.send(self.rng.randrange(1, 200))
+        self.vanish()
+        time.sleep(self.rng.uniform(0, 0.5))
+        self.appear()
+
+    def viewer_is_killed(self) -> None:
+        viewer = self.context.socket(zmq.SUB)
+        viewer.connect(f"ipc://{self.folder}/out")
+        viewer.subscribe(b"")
+        self.send(self.rng.randrange(1, 100))
+        viewer.close(linger=0)
+
+    def viewer_stops_reading(self) -> None:
+        viewer = self.context.socket(zmq.SUB)
+        viewer.rcvhwm = 1
+        viewer.connect(f"ipc://{self.folder}/out")
+        viewer.subscribe(RAW)
+        self.send(300)
+        viewer.close(linger=0)
+
+    def recorder_is_killed(self) -> None:
+        for recorder in self._recorders():
+            self.lost_recording = True
+            recorder.kill()
+        self.send(50)
+
+    def disk_is_full(self) -> None:
+        for recorder in self._recorders():
+            self.lost_recording = True
+            size = (self.folder / "run.h5").stat().st_size
+            recorder.rlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
+        self.send(200)
+
+    def service_stands_still(self) -> None:
+        self.service.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(zmq.Again):
+            self.send(self.rng.randrange(1, 200))
+        time.sleep(self.rng.uniform(0.2, 3.0))
+        self.service.send_signal(signal.SIGCONT)
+
+    def garbage_floods_in(self) -> None:
+        for _ in range(self.rng.randrange(1, 500)):
+            parts = [self.rng.randbytes(self.rng.randrange(200)) for _ in range(self.rng.randrange(1, 5))]
+            self.rubbish(parts)
+
+    def frames_change_their_size(self) -> None:
+        for _ in range(self.rng.randrange(1, 8)):
+            self.send(self.rng.randrange(1, 30), self.rng.choice(_SIZES))
+
+    def clock_jumps(self) -> None:
+        for jump_s in (-3600, 3600, -(10**9), 10**9):
+            self.send(5, timestamp_ns=max(0, now_ns() + jump_s * 10**9))
+
+    def _recorders(self) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.service.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(file.path.endswith("run.h5") for file in child.open_files()):
+                    found.append(child)
+        return found
+
+    # -- in the end -------------------------------------------------------------------------
+
+    def back_s(self) -> float:
+        """From now to the next published frame."""
+        begin, before = time.monotonic(), len(self.seen)
+        self.send(20)
+        self._wait(lambda: len(self.seen) > before, "a frame to come out again")
+        return self.last_s - begin if self.last_s > begin else 0.0
+
+    def finish(self) -> dict[str, Any]:
+        """Let everything come out, end the service, and check what it says and what it recorded."""
+        last = (self.series, self.frame - 1)
+        self._wait(lambda: bool(self.seen) and self.seen[-1] == last, "the last frame")
+        self.service.send_signal(signal.SIGINT)
+        out = self.service.communicate(timeout=_PATIENCE_S)[0]
+        self._stop.set()
+        self._thread.join()
+        self.vanish()
+        self.context.destroy(linger=0)
+        said = json.loads(out)
+        counted = said["ledger"]
+        if counted["in_flight"] or counted["dropped"] or counted["failed"]:
+            self.wrong.append(f"frames did not come out: {counted}")
+        if counted["received"] != counted["published"] + counted["rejected"]:
+            self.wrong.append(f"the ledger does not add up: {counted}")
+        if counted["published"] != len(self.seen):
+            self.wrong.append(f"{counted['published']} frames published and {len(self.seen)} seen")
+        if counted["rejected"] > self.garbage:
+            self.wrong.append(f"{counted['rejected']} messages rejected, {self.garbage} were garbage")
+        self._check_recording()
+        return dict(counted)
+
+    def _check_recording(self) -> None:
+        recorded = []
+        for path in sorted(self.folder.glob("run*.h5"), key=lambda path: (len(path.name), path.name)):
+            with contextlib.closing(Recording(path)) as recording:
+                for row in range(len(recording.raw)):
+                    header, pixels = recording.raw.header(row), recording.raw[row]
+                    if zlib.crc32(pixels.tobytes()) != header["crc"]:
+                        self.wrong.append(f"row {row} of {path.name} was altered")
+                    recorded.append((header["series"], header["frame"]))
+        if not set(recorded) <= set(self.seen):
+            self.wrong.append("frames were recorded that were not published")
+        if not self.lost_recording and recorded != self.seen:
+            self.wrong.append(f"{len(self.seen)} frames published and {len(recorded)} recorded")
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while not condition():
+            if time.monotonic() > deadline_s or (
+                hasattr(self, "service") and self.service.poll() is not None
+            ):
+                log = (self.folder / "log").read_text()[-2000:]
+                raise RuntimeError(f"waiting for {what} in vain; {len(self.seen)} frames seen\n{log}")
+            time.sleep(0.002)
+
+
+EVENTS = (
+    Stage.camera_dies, Stage.viewer_is_killed, Stage.viewer_stops_reading, Stage.recorder_is_killed,
+    Stage.disk_is_full, Stage.service_stands_still, Stage.garbage_floods_in, Stage.frames_change_their_size,
+    Stage.clock_jumps,
+)  # fmt: skip
+
+
+def schedule(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One schedule: which events, how soon the service was back after each, and what was wrong."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        stage = Stage(Path(name), rng)
+        events = []
+        try:
+            stage.send(20)
+            for _ in range(arguments.events):
+                event = rng.choice(EVENTS)
+                event(stage)
+                events.append({"event": event.__name__, "back_s": round(stage.back_s(), 3)})
+            counted = stage.finish()
+        finally:
+            stage.service.kill()
+            stage._stop.set()
+        return {"seed": seed, "events": events, "ledger": counted, "wrong": stage.wrong[:5]}
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    schedules = results["schedules"]
+    kinds: dict[str, list[float]] = {}
+    for each in schedules:
+        for event in each["events"]:
+            kinds.setdefault(event["event"], []).append(event["back_s"])
+    rows = [
+        (re.sub("_", " ", kind), len(times), float(np.median(times)), max(times))
+        for kind, times in sorted(kinds.items())
+    ]
+    frames = sum(each["ledger"]["received"] for each in schedules)
+    wrong = [f"\n- schedule {each['seed']}: {each['wrong']}" for each in schedules if each["wrong"]]
+    return (
+        f"{results['exact']} of {len(schedules)} schedules of {results['events']} events exact, {frames:,} "
+        "messages.\n\n"
+        + report.table(("event", "times", "back after [s], median", "longest"), rows)
+        + f"\n\nTarget: back within {TARGET_S:g} s."
+        + "".join(wrong)
+    )
+
+
+if __name__ == "__main__":
+    main()
