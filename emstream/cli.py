@@ -251,7 +251,9 @@ def serve(
                     on_status=service.pipeline.note_recording,
                 )  # fmt: skip
                 recorder.wait_until_it_listens(service.publisher)
-                stack.callback(lambda: recordings.append(_finished(recorder)))
+                stack.callback(
+                    lambda: recordings.append(_finished(recorder, service.ledger.snapshot()["published"]))
+                )
                 stack.enter_context(_begin_on_signal(recorder.begin))
             if view:
                 from emstream.view import ViewProcess
@@ -330,10 +332,10 @@ def _check_recording(report: dict[str, Any] | None = None) -> None:
         raise OutputError(f"the recording ended early: {report['ended']}; what came before is whole")
 
 
-def _finished(recorder: RecorderProcess) -> dict[str, Any]:
+def _finished(recorder: RecorderProcess, published: int) -> dict[str, Any]:
     """Its report. That a recording failed is no reason for the service to withhold its own."""
     try:
-        return recorder.finish()
+        return recorder.finish(published)
     except EmstreamError as error:
         return {"files": [], "ended": "failed", "error": str(error)}
 

@@ -94,14 +94,16 @@ class RecorderProcess:
 
     def tell(self, word: str) -> None:
         """``begin`` or ``end``. Any thread may call it."""
-        with self._telling, contextlib.suppress(OSError):
-            self._pipe.send(word)
+        self._send(word)
 
-    def finish(self) -> dict[str, Any]:
-        """Let it write what was published until now; returns the report of all its recordings."""
+    def finish(self, published: int | None = None) -> dict[str, Any]:
+        """Let it write what was published until now; returns the report of all its recordings.
+
+        `published` is how many frames that is, so that those it never got are counted.
+        """
         self._asked.set()
         try:
-            self.tell("finish")
+            self._send(_Finish(published))
             if not self._answered.wait(_END_S):
                 raise OutputError(f"{self._output}: the recorder said nothing for {_END_S:.0f} s")
         finally:
@@ -110,6 +112,10 @@ class RecorderProcess:
             raise self._report
         assert self._report is not None
         return self._report
+
+    def _send(self, said: str | _Finish) -> None:
+        with self._telling, contextlib.suppress(OSError):
+            self._pipe.send(said)
 
     def _watch(self) -> None:
         """Keep what the recorder says. That it has ended is said again and again, unless it was asked to."""
@@ -155,8 +161,15 @@ class RecorderProcess:
         return said
 
 
+class _Finish:
+    """The last thing that the service says."""
+
+    def __init__(self, published: int | None) -> None:
+        self.published = published
+
+
 class _Report:
-    """The last thing that is said."""
+    """The last thing that the recorder says."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.report = report
@@ -245,15 +258,17 @@ class _Sessions:
             self._pipe.send({**status, "why": None})
 
     def _listen(self) -> None:
+        published: int | None = None
         with contextlib.suppress(EOFError, OSError):
-            while (word := self._pipe.recv()) != "finish":
+            while not isinstance(said := self._pipe.recv(), _Finish):
                 with self._changing:
-                    self._obey(word)
+                    self._obey(said)
                 self._told.set()
+            published = said.published
         with self._changing:
             self._finishing = True
             if not self._recorder.is_stopping:
-                self._recorder.stop(quiet_ms=_QUIET_MS)
+                self._recorder.stop(_QUIET_MS, published)
         self._told.set()
 
     def _obey(self, word: str) -> None:

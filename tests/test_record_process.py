@@ -61,8 +61,8 @@ class Beside:
 def beside(rig: Any, tmp_path: Path) -> Iterator[Callable[..., Beside]]:
     started: list[Beside] = []
 
-    def make(output: Path = tmp_path, **settings: Any) -> Beside:
-        started.append(Beside(rig({"overrun": Overrun.block}), output, **settings))
+    def make(output: Path = tmp_path, queue: int = 10_000, **settings: Any) -> Beside:
+        started.append(Beside(rig({"overrun": Overrun.block, "queue": queue}), output, **settings))
         return started[-1]
 
     yield make
@@ -234,6 +234,28 @@ def test_recorder_that_hangs_is_said_to_be_silent_until_it_goes_on(
     wait(lambda: run.is_("looking back"))
     run.recorder.begin()
     run.records(2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_frames_that_a_hanging_recorder_never_got_before_the_end_are_counted(
+    beside: Callable[..., Beside],
+) -> None:
+    run = beside(queue=4)
+    run.send(2)
+    run.records(2)
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    run.send(1000)  # more than all queues hold
+    run.rig.wait(lambda ledger: ledger["published"] == run.sent)
+    run.rig.stop()
+    os.kill(pid, signal.SIGCONT)
+    report = run.recorder.finish(run.sent)
+    assert report["unheard"]["raw"] > 0
+    for track in ("raw", "denoised"):
+        assert report["frames"][track] + report["lost"][track] + report["unheard"][track] == run.sent
+    with Recording(report["files"][0]) as recording:
+        assert recording.recorder["raw_unheard"] == report["unheard"]["raw"]
 
 
 def test_word_to_a_dead_recorder_is_no_error(
