@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def test_recorder_that_hangs_is_said_to_be_silent_until_it_goes_on(
 def test_frames_that_a_hanging_recorder_never_got_before_the_end_are_counted(
     beside: Callable[..., Beside],
 ) -> None:
-    run = beside(queue=4)
+    run = beside(queue=64)
     run.send(2)
     run.records(2)
     pid = run.recorder._process.pid
@@ -256,6 +257,44 @@ def test_frames_that_a_hanging_recorder_never_got_before_the_end_are_counted(
         assert report["frames"][track] + report["lost"][track] + report["unheard"][track] == run.sent
     with Recording(report["files"][0]) as recording:
         assert recording.recorder["raw_unheard"] == report["unheard"]["raw"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_nobody_waits_to_tell_a_recorder_that_hangs(beside: Callable[..., Beside]) -> None:
+    run = beside(look_back_s=1000.0)
+    run.send(2)
+    wait(lambda: run.is_("looking back"))
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+
+    def tell() -> None:
+        for _ in range(5000):  # more than a pipe holds
+            run.recorder.begin()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    teller.join(timeout=20)
+    assert not teller.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    run.records(2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_second_interrupt_gives_up_a_recorder_that_hangs_with_a_word(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_process, "_SOON_S", 0.0)
+    run = beside()
+    run.send(2)
+    run.records(2)
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    # It is said that it is waited for; then somebody presses Ctrl-C.
+    monkeypatch.setattr(record_process.log, "info", lambda *words: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(OutputError, match="told to end at once"):
+        run.recorder.finish(2)
 
 
 def test_word_to_a_dead_recorder_is_no_error(
