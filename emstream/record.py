@@ -100,10 +100,10 @@ class RecordSettings:
         is_named_here = path.is_dir() or self.dated
         if path.is_dir():
             path = path / f"emstream-{now}.h5"
+        elif path.suffix.lower() not in (".h5", ".hdf5", ".nxs"):
+            raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         elif self.dated:
             path = path.with_stem(f"{path.stem}-{now}")
-        if path.suffix.lower() not in (".h5", ".hdf5", ".nxs"):
-            raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
         disk.check_writable(path.parent)

@@ -223,6 +223,8 @@ class _Sessions:
             if not self._ready:
                 raise
             self._fail(error)
+            if (report := self._recorder.report())["files"]:
+                self._reports.append(report)
             return
         self._reports.append(report)
         if report["ended"] in FAILURES:

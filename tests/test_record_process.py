@@ -297,6 +297,29 @@ def test_second_interrupt_gives_up_a_recorder_that_hangs_with_a_word(
         run.recorder.finish(2)
 
 
+def test_recording_whose_folder_vanished_is_in_the_report_and_another_one_begins_when_it_is_back(
+    beside: Callable[..., Beside], tmp_path: Path
+) -> None:
+    folder, away = tmp_path / "r", tmp_path / "away"
+    folder.mkdir()
+    run = beside(folder)
+    run.send(5)
+    run.records(5)
+    folder.rename(away)  # as a network's drive does
+    wait(lambda: run.is_("ended"))
+    assert sum(run.recorder.status()["lost"].values()) == 0
+    run.recorder.begin()
+    wait(lambda: str(run.recorder.status()["why"]).startswith(f"{folder}: "))
+    away.rename(folder)
+    run.recorder.begin()
+    wait(lambda: run.is_("waiting") or run.is_("recording"))
+    run.send(3)
+    run.records(3)
+    report = run.recorder.finish(run.sent)
+    assert (report["ended"], report["frames"]) == ("failed", {"raw": 8, "denoised": 8})
+    assert [len(Recording(Path(path)).raw) for path in report["files"]] == [5, 3]
+
+
 def test_word_to_a_dead_recorder_is_no_error(
     beside: Callable[..., Beside],
 ) -> None:
