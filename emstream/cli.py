@@ -232,6 +232,8 @@ def serve(
         raise ValueError("--look-back and --split are for recordings; give --record, too")
     recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
+        # Without a handler this signal would end the service.
+        stack.enter_context(_begin_on_signal(lambda: log.warning("SIGUSR1: no recorder to begin")))
 
         def ready(service: Service) -> None:
             log.info("%s -> %s -> %s", settings.input, service.engine.name, service.publisher.endpoint)
@@ -342,8 +344,10 @@ def _finished(recorder: RecorderProcess, published: int) -> dict[str, Any]:
 
 @contextmanager
 def _begin_on_signal(begin: Callable[[], None]) -> Iterator[None]:
-    """SIGUSR1 calls `begin`, where there is such a signal."""
-    if not hasattr(signal, "SIGUSR1"):
+    """SIGUSR1 calls `begin`, where there is such a signal and in the main thread."""
+    import threading
+
+    if not hasattr(signal, "SIGUSR1") or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGUSR1, lambda number, frame: begin())
