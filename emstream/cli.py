@@ -317,6 +317,8 @@ def serve(
         raise ValueError("--look-back and --split are for recordings; give --record, too")
     recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
+        # Without a handler this signal would end the service.
+        stack.enter_context(_begin_on_signal(lambda: log.warning("SIGUSR1: no recorder to begin")))
 
         def ready(service: Service) -> None:
             log.info(
@@ -338,7 +340,9 @@ def serve(
                     on_status=service.pipeline.note_recording,
                 )  # fmt: skip
                 recorder.wait_until_it_listens(service.publisher)
-                stack.callback(lambda: recordings.append(_finished(recorder)))
+                stack.callback(
+                    lambda: recordings.append(_finished(recorder, service.ledger.snapshot()["published"]))
+                )
                 stack.enter_context(_begin_on_signal(recorder.begin))
             if view:
                 from emstream.view import ViewProcess
@@ -509,18 +513,20 @@ def _check_recording(report: dict[str, Any] | None = None) -> None:
         raise OutputError(f"the recording ended early: {report['ended']}; what came before is whole")
 
 
-def _finished(recorder: RecorderProcess) -> dict[str, Any]:
+def _finished(recorder: RecorderProcess, published: int) -> dict[str, Any]:
     """Its report. That a recording failed is no reason for the service to withhold its own."""
     try:
-        return recorder.finish()
+        return recorder.finish(published)
     except EmstreamError as error:
         return {"files": [], "ended": "failed", "error": str(error)}
 
 
 @contextmanager
 def _begin_on_signal(begin: Callable[[], None]) -> Iterator[None]:
-    """SIGUSR1 calls `begin`, where there is such a signal."""
-    if not hasattr(signal, "SIGUSR1"):
+    """SIGUSR1 calls `begin`, where there is such a signal and in the main thread."""
+    import threading
+
+    if not hasattr(signal, "SIGUSR1") or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGUSR1, lambda number, frame: begin())

@@ -104,10 +104,10 @@ class RecordSettings:
         is_named_here = path.is_dir() or self.dated
         if path.is_dir():
             path = path / f"emstream-{now}.h5"
+        elif path.suffix.lower() not in (".h5", ".hdf5", ".nxs"):
+            raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         elif self.dated:
             path = path.with_stem(f"{path.stem}-{now}")
-        if path.suffix.lower() not in (".h5", ".hdf5", ".nxs"):
-            raise OutputError(f"{path}: recordings are .h5 files, or go into a folder that exists")
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
         disk.check_writable(path.parent)
@@ -148,6 +148,7 @@ class Recorder:
         self._stopping = threading.Event()
         self._dropping = False
         self._quiet_ms = 0
+        self._published: int | None = None
         self._ended: str | None = None
         self._fault: BaseException | None = None
         self._heard = _Heard()
@@ -184,11 +185,15 @@ class Recorder:
         """Record, from `look_back_s` ago on. Any thread may call it."""
         self._begun.set()
 
-    def stop(self, quiet_ms: int = 0) -> None:
-        """Finish with what has arrived, or once nothing has come for `quiet_ms`. A second time: drop the backlog."""
+    def stop(self, quiet_ms: int = 0, published: int | None = None) -> None:
+        """Finish with what has arrived, or once nothing has come for `quiet_ms`. A second time: drop the backlog.
+
+        `published` is how many frames the service has published in all, when it publishes no more: what
+        of them never comes is *unheard*.
+        """
         if self._stopping.is_set():
             self._dropping = True
-        self._quiet_ms = quiet_ms
+        self._quiet_ms, self._published = quiet_ms, published
         self._stopping.set()
 
     def run(
@@ -200,8 +205,10 @@ class Recorder:
         """Record until `stop`, the frames are counted, the series ends or the disk fills; returns the report.
 
         `on_status` is called about once a second, and when something is lost or changes. `hello` is
-        subscribed to, too, so that the publisher can tell that this recorder listens.
+        subscribed to, too, so that the publisher can tell that this recorder listens, before its first frame.
         """
+        if hello is not None:
+            self._heard.published = 0
         socket = self._subscribe(hello)
         writer = threading.Thread(target=self._guard, args=(self._write,), name="recording")
         writer.start()
@@ -220,6 +227,7 @@ class Recorder:
                     self._backlog.give_up()
                 self._tell(on_status)
             socket.close()
+            self._warn()
         if self._fault:
             raise self._fault
         return self.report()
@@ -315,6 +323,8 @@ class Recorder:
             self._take(socket.recv_multipart(copy=False))
             if not self._quiet_ms:  # a stream that goes on is not waited for
                 deadline_s = min(deadline_s, time.monotonic() + 0.05)
+        if self._ended is None and self._begun.is_set():
+            self._heard.note_published(self._published)
         self._ended = self._ended or STOPPED
         if self._begun.is_set():
             self._writing = True
@@ -539,7 +549,8 @@ class _Heard:
     """What came from the service, and what it published without being heard.
 
     Every denoised header counts, in ``ledger.published``, how many frames were published up to
-    it, and each one's raw frame was published just before: a jump tells what is missing here.
+    it, and each one's raw frame was published just before: a jump tells what is missing here. So
+    do the statistics, which come in order with the frames, and the service itself at its end.
     """
 
     def __init__(self) -> None:
@@ -553,7 +564,8 @@ class _Heard:
         self.is_paired = False
         """Whether the newest raw frame's denoised one has come."""
         self._newest: tuple[Any, ...] | None = None
-        self._published: int | None = None
+        self.published: int | None = None
+        """Frames published up to the last message; None until one says so."""
         self._raw_since = 0
 
     def receive_raw(self, frame: Frame) -> None:
@@ -572,14 +584,19 @@ class _Heard:
             self.engine = engine
         self._note_ledger(extra.get("ledger"))
         self.is_paired = self.is_paired or _identity(frame) == self._newest
-        published = self.ledger.get("published")
-        if published is not None:
-            if self._published is not None and published > self._published:
-                due = published - self._published
-                self._note_unheard(max(0, due - self._raw_since), due - 1)
-            self._published = published
+        self.note_published(self.ledger.get("published"), denoised=1)
         self._raw_since = 0
         return True
+
+    def note_published(self, published: int | None, denoised: int = 0) -> None:
+        """So many frames were published in all, and since the last time `denoised` of them came."""
+        if published is None:
+            return
+        if self.published is not None and published > self.published:
+            due = published - self.published
+            self._note_unheard(max(0, due - self._raw_since), due - denoised)
+            self._raw_since = 0
+        self.published = published
 
     def _note_unheard(self, raw: int, denoised: int) -> None:
         if raw or denoised:
@@ -596,6 +613,7 @@ class _Heard:
 
     def stats(self, message: dict[str, Any]) -> None:
         self._note_ledger(message.get("ledger"))
+        self.note_published(self.ledger.get("published"))
         self.report = {key: value for key, value in message.items() if key != "htype"}
 
     def _note_ledger(self, ledger: Any) -> None:

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from emstream.errors import EmstreamError, OutputError
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _START_S = 60.0
 _SILENT_S = 15.0
+_SOON_S = 3.0
 _END_S = 600.0
 _REPEAT_S = 10.0
 _QUIET_MS = 500
@@ -52,7 +54,7 @@ class RecorderProcess:
         self._output = settings.output
         self._on_status = on_status
         self._status: dict[str, Any] = {"state": "waiting"}
-        self._telling = threading.Lock()
+        self._words: SimpleQueue[str | _Finish | None] = SimpleQueue()
         self._answered, self._asked = threading.Event(), threading.Event()
         self._report: dict[str, Any] | EmstreamError | None = None
         self._watcher = threading.Thread(target=self._watch, name="recorder watcher", daemon=True)
@@ -64,6 +66,9 @@ class RecorderProcess:
         )
         self._process.start()
         theirs.close()
+        # A thread of its own: a recorder that hangs reads nothing, and nobody else may wait for it.
+        self._teller = threading.Thread(target=self._tell, name="recorder teller", daemon=True)
+        self._teller.start()
 
     def wait_until_it_listens(self, publisher: Publisher) -> None:
         """Return when not even the first frame will be missed. Raises EmstreamError when it does not start."""
@@ -93,23 +98,36 @@ class RecorderProcess:
         self.tell("end")
 
     def tell(self, word: str) -> None:
-        """``begin`` or ``end``. Any thread may call it."""
-        with self._telling, contextlib.suppress(OSError):
-            self._pipe.send(word)
+        """``begin`` or ``end``. Any thread and any signal handler may call it, and none waits."""
+        self._words.put(word)
 
-    def finish(self) -> dict[str, Any]:
-        """Let it write what was published until now; returns the report of all its recordings."""
+    def finish(self, published: int | None = None) -> dict[str, Any]:
+        """Let it write what was published until now; returns the report of all its recordings.
+
+        `published` is how many frames that is, so that those it never got are counted.
+        """
         self._asked.set()
         try:
-            self.tell("finish")
+            self._words.put(_Finish(published))
+            if not self._answered.wait(_SOON_S):
+                log.info("the recorder writes what is left; stop again to drop that")
             if not self._answered.wait(_END_S):
                 raise OutputError(f"{self._output}: the recorder said nothing for {_END_S:.0f} s")
+        except KeyboardInterrupt:
+            raise OutputError(
+                f"{self._output}: the recorder was told to end at once; what it had committed is readable"
+            ) from None
         finally:
             self._end()
         if isinstance(self._report, EmstreamError):
             raise self._report
         assert self._report is not None
         return self._report
+
+    def _tell(self) -> None:
+        while (word := self._words.get()) is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.send(word)
 
     def _watch(self) -> None:
         """Keep what the recorder says. That it has ended is said again and again, unless it was asked to."""
@@ -136,6 +154,8 @@ class RecorderProcess:
             self._process.join()
         if self._watcher.is_alive():
             self._watcher.join()
+        self._words.put(None)
+        self._teller.join()
         self._pipe.close()
 
     def _hear(self, within_s: float | None) -> Any:
@@ -155,8 +175,15 @@ class RecorderProcess:
         return said
 
 
+class _Finish:
+    """The last thing that the service says."""
+
+    def __init__(self, published: int | None) -> None:
+        self.published = published
+
+
 class _Report:
-    """The last thing that is said."""
+    """The last thing that the recorder says."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.report = report
@@ -196,6 +223,8 @@ class _Sessions:
             if not self._ready:
                 raise
             self._fail(error)
+            if (report := self._recorder.report())["files"]:
+                self._reports.append(report)
             return
         self._reports.append(report)
         if report["ended"] in FAILURES:
@@ -245,15 +274,17 @@ class _Sessions:
             self._pipe.send({**status, "why": None})
 
     def _listen(self) -> None:
+        published: int | None = None
         with contextlib.suppress(EOFError, OSError):
-            while (word := self._pipe.recv()) != "finish":
+            while not isinstance(said := self._pipe.recv(), _Finish):
                 with self._changing:
-                    self._obey(word)
+                    self._obey(said)
                 self._told.set()
+            published = said.published
         with self._changing:
             self._finishing = True
             if not self._recorder.is_stopping:
-                self._recorder.stop(quiet_ms=_QUIET_MS)
+                self._recorder.stop(_QUIET_MS, published)
         self._told.set()
 
     def _obey(self, word: str) -> None:

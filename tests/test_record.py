@@ -510,6 +510,20 @@ def test_frames_published_but_never_heard_are_counted() -> None:
     assert heard([each for each in both if each != ("denoised", 4)]) == {"raw": 0, "denoised": 1}
 
 
+def test_statistics_and_the_end_tell_of_frames_that_none_came_after() -> None:
+    ears = module._Heard()
+    for n in (0, 1):
+        ears.receive_raw(frame(raw(n)))
+        ears.receive_denoised(frame(denoised(n)))
+    assert ears.published
+    ears.receive_raw(frame(raw(2)))  # and its denoised one is lost
+    ears.stats({"ledger": {"published": ears.published + 3}})
+    ears.stats({"ledger": {"published": ears.published}})
+    assert ears.unheard == {"raw": 2, "denoised": 3}
+    ears.note_published(ears.published + 4)
+    assert ears.unheard == {"raw": 6, "denoised": 7}
+
+
 def test_frames_never_heard_before_the_look_back_begins_are_no_loss() -> None:
     ears = module._Heard()
     for n in (0, 4, 9):
@@ -532,7 +546,7 @@ def test_look_back_forgets_what_was_not_heard_before_it(
     run = start(output=tmp_path / "r.h5", look_back_s=0.2)
     run.send(range(3))
     run.heard(3)
-    run.recorder._heard._published -= 5  # as if five pairs had never come
+    run.recorder._heard.published -= 5  # as if five pairs had never come
     run.send([3])
     run.heard(4)
     wait(lambda: sum(run.recorder.status()["unheard"].values()) > 0)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ class Beside:
 def beside(rig: Any, tmp_path: Path) -> Iterator[Callable[..., Beside]]:
     started: list[Beside] = []
 
-    def make(output: Path = tmp_path, **settings: Any) -> Beside:
-        started.append(Beside(rig({"overrun": Overrun.block}), output, **settings))
+    def make(output: Path = tmp_path, queue: int = 10_000, **settings: Any) -> Beside:
+        started.append(Beside(rig({"overrun": Overrun.block, "queue": queue}), output, **settings))
         return started[-1]
 
     yield make
@@ -234,6 +235,89 @@ def test_recorder_that_hangs_is_said_to_be_silent_until_it_goes_on(
     wait(lambda: run.is_("looking back"))
     run.recorder.begin()
     run.records(2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_frames_that_a_hanging_recorder_never_got_before_the_end_are_counted(
+    beside: Callable[..., Beside],
+) -> None:
+    run = beside(queue=64)
+    run.send(2)
+    run.records(2)
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    run.send(1000)  # more than all queues hold
+    run.rig.wait(lambda ledger: ledger["published"] == run.sent)
+    run.rig.stop()
+    os.kill(pid, signal.SIGCONT)
+    report = run.recorder.finish(run.sent)
+    assert report["unheard"]["raw"] > 0
+    for track in ("raw", "denoised"):
+        assert report["frames"][track] + report["lost"][track] + report["unheard"][track] == run.sent
+    with Recording(report["files"][0]) as recording:
+        assert recording.recorder["raw_unheard"] == report["unheard"]["raw"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_nobody_waits_to_tell_a_recorder_that_hangs(beside: Callable[..., Beside]) -> None:
+    run = beside(look_back_s=1000.0)
+    run.send(2)
+    wait(lambda: run.is_("looking back"))
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+
+    def tell() -> None:
+        for _ in range(5000):  # more than a pipe holds
+            run.recorder.begin()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    teller.join(timeout=20)
+    assert not teller.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    run.records(2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_second_interrupt_gives_up_a_recorder_that_hangs_with_a_word(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_process, "_SOON_S", 0.0)
+    run = beside()
+    run.send(2)
+    run.records(2)
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    # It is said that it is waited for; then somebody presses Ctrl-C.
+    monkeypatch.setattr(record_process.log, "info", lambda *words: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(OutputError, match="told to end at once"):
+        run.recorder.finish(2)
+
+
+def test_recording_whose_folder_vanished_is_in_the_report_and_another_one_begins_when_it_is_back(
+    beside: Callable[..., Beside], tmp_path: Path
+) -> None:
+    folder, away = tmp_path / "r", tmp_path / "away"
+    folder.mkdir()
+    run = beside(folder)
+    run.send(5)
+    run.records(5)
+    folder.rename(away)  # as a network's drive does
+    wait(lambda: run.is_("ended"))
+    assert sum(run.recorder.status()["lost"].values()) == 0
+    run.recorder.begin()
+    wait(lambda: str(run.recorder.status()["why"]).startswith(f"{folder}: "))
+    away.rename(folder)
+    run.recorder.begin()
+    wait(lambda: run.is_("waiting") or run.is_("recording"))
+    run.send(3)
+    run.records(3)
+    report = run.recorder.finish(run.sent)
+    assert (report["ended"], report["frames"]) == ("failed", {"raw": 8, "denoised": 8})
+    assert [len(Recording(Path(path)).raw) for path in report["files"]] == [5, 3]
 
 
 def test_word_to_a_dead_recorder_is_no_error(

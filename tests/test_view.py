@@ -30,7 +30,7 @@ from emstream.errors import OutputError, SourceError
 from emstream.inference import EngineCard, IdentityEngine
 from emstream.intake import Overrun
 from emstream.movies import open_movie
-from emstream.view import ViewProcess, ViewServer
+from emstream.view import ViewProcess, ViewServer, server
 from emstream.view.door import public_name, token_for
 from emstream.view.pair import Pair
 from emstream.view.picture import Painter, Picture
@@ -670,6 +670,21 @@ def test_viewers_words_for_the_recorder_reach_the_service_from_the_pages_own_ori
                 connection.send(word)
             assert [told.get(timeout=DEADLINE_S) for _ in range(2)] == ["begin", "end"]
     assert told.empty()
+
+
+def test_viewer_that_never_stops_telling_the_recorder_is_heard_now_and_then(
+    camera: Camera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_TELL_EVERY_S", 1000.0)
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with ViewServer(camera.output, port=0, on_record=told.put) as view, live(view) as loud:
+        loud.send("begin recording")
+        assert told.get(timeout=DEADLINE_S) == "begin"
+        loud.send("end recording")
+        with watching(view) as other:
+            camera.send(0)
+            other.until(frame=0)
+        assert told.empty()
 
 
 def test_viewer_of_a_page_without_a_recorder_is_refused_to_record(camera: Camera, view: ViewServer) -> None:

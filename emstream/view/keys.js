@@ -26,11 +26,15 @@ export function listen(keys) {
     const action = actions.get(name);
     if (!action) return;
     event.preventDefault();
+    if (event.repeat && !HELD.has(name)) return; // a key that rests under an elbow would end a recording
     // A button or list that has the focus would hear the key, too.
     if (document.activeElement !== document.body) document.activeElement?.blur();
     action(event);
   });
 }
+
+// Keys that go on as long as they are held.
+const HELD = new Set(["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "[", "]", "+", "-", "="]);
 
 const LABELS = {
   space: "space", ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Home: "Home", End: "End", "-": "−",

@@ -58,6 +58,7 @@ from emstream.view.viewer import Viewer
 
 _STATUS_EVERY_S = 0.5
 _PICTURES_PER_S = 30.0  # to each viewer; more an eye cannot tell
+_TELL_EVERY_S = 0.2  # each viewer may tell the recorder
 _START_S = 10.0
 _SCRIPTS = (
     "page",
@@ -251,6 +252,7 @@ class ViewServer:
             text = message.get("text") or ""
             if text in _RECORD:
                 self._record(_RECORD[text])
+                await asyncio.sleep(_TELL_EVERY_S)
             else:
                 viewer.hear(text)
             if was_live and not viewer.is_live:

@@ -72,6 +72,7 @@ CUT_OFF = """[...document.querySelectorAll("section, .value, .note, dl, figcapti
     .filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.outerHTML)"""
 
 PRESS = "dispatchEvent(new KeyboardEvent('keydown', { key: '%s', shiftKey: %s }))"
+HELD = "for (let i = 0; i < 9; i++) dispatchEvent(new KeyboardEvent('keydown', { key: '%s', repeat: true }))"
 SETTLED = "document.body.hasAttribute('data-settled')"
 
 pytestmark = pytest.mark.skipif(
@@ -773,7 +774,10 @@ def test_record_button_records_what_came_before_it_and_ends_when_pressed_twice(
             tab.call("Emulation.setDeviceMetricsOverride", **SCREEN | {"width": width, "height": height})
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert tab.evaluate(CUT_OFF) == []
+        tab.evaluate(HELD % "r")  # a key that is held down is pressed once
+        assert tab.text("record-label") == "Recording"
         tab.press("r")  # once is not enough
+        tab.evaluate(HELD % "r")
         assert tab.text("record-label") == "End?"
         tab.wait("document.getElementById('record-label').textContent === 'Recording'")
         assert tab.evaluate(RECORD_IS % "recording")

@@ -190,6 +190,19 @@ def test_look_back_begins_at_a_signal_and_includes_the_past(
         assert recording.raw.arrived_ns[0] < begun_ns - 500_000_000
 
 
+def test_signal_to_a_service_without_a_recorder_is_answered_and_ends_nothing(
+    tmp_path: Path, running: Any
+) -> None:
+    camera = f"sim://?rate={RATE}&height={SIZE}&width={SIZE}"
+    service = running("serve", "--input", camera, "--engine", "identity", "--output", f"ipc://{tmp_path}/out")
+    line_with(service, "engine identity")
+    service.send_signal(signal.SIGUSR1)
+    line_with(service, "no recorder to begin")
+    service.send_signal(signal.SIGINT)
+    _, err = service.communicate(timeout=30)
+    assert service.returncode == 0, err
+
+
 def test_service_records_what_it_publishes_from_the_first_frame_to_the_last(tmp_path: Path) -> None:
     camera = f"sim://?rate={RATE}&height={SIZE}&width={SIZE}&frames=40"
     done = emstream("serve", "--input", camera, "--engine", "identity", "--output", f"ipc://{tmp_path}/out",
