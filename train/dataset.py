@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +171,30 @@ def _rebuilt_columns(parameters: dict[str, Any]) -> np.ndarray:
     names = substance.Specimen.__dataclass_fields__
     specimen = substance.Specimen(**{name: parameters[name] for name in names if name in parameters})
     return in_pixels(projected_columns(substance.build(specimen)), substance.CELL_A)
+
+
+def specimens(parameters: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Material and seed of every specimen that images with these `parameters` show."""
+    return {(one.get("material", shards.EARLIER_SETTINGS["material"]), one["seed"]) for one in parameters}
+
+
+def range_of(found: set[tuple[str, int]]) -> dict[str, Any]:
+    """What a file says of `specimens`: first and last seed, and the materials; {} of none."""
+    if not found:
+        return {}
+    seeds = [seed for _, seed in found]
+    return {"seeds": [min(seeds), max(seeds)], "materials": sorted({name for name, _ in found})}
+
+
+def refuse_known(what: str, known: Mapping[str, Any], tests: set[tuple[str, int]]) -> None:
+    """Raise ValueError if one of the specimens `tests` lies in the `known` range, which `what` was made from."""
+    first, last = known.get("seeds", (0, -1))
+    for name, seed in sorted(tests):
+        if name in known.get("materials", ()) and first <= seed <= last:
+            raise ValueError(
+                f"{what} specimens {first}-{last} of {name}, and the test images show specimen {seed}: "
+                "test on others, made by train.simulate with another --first-seed"
+            )
 
 
 def group_of(parameters: Mapping[str, Any], key: str) -> float | str:

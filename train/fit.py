@@ -31,14 +31,13 @@ from tqdm import tqdm
 from bench import report
 from train import photographs
 from train.command import explained, writable_folder
-from train.dataset import Images
+from train.dataset import Images, range_of, specimens
 from train.log import Log
 from train.losses import LOSSES
 from train.metrics import psnr_db
 from train.models import BiasFreeBatchNorm, Network
 from train.noise import PAPER_DOSE, draw_doses, expose
 from train.recipe import Recipe, RecipeError, load_start, load_state, load_teacher, save
-from train.shards import EARLIER_SETTINGS
 
 CHECKPOINT_S = 45.0
 CALIBRATION_BATCHES = 40
@@ -124,15 +123,30 @@ def predict(
     return estimate if bias_free else estimate / doses
 
 
-def held_out(recipe: Recipe, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Noisy and true images (N, 1, H, W) to validate on, `most` or fewer: 0.45 electrons per pixel.
+def validation_images(recipe: Recipe, images: Any) -> Images | None:
+    """The images to validate on, other specimens than those of `images`; None for photographs."""
+    if recipe.task == "photographs":
+        return None
+    chosen = chosen_images(recipe.validate, recipe)
+    known = specimens(getattr(images, "parameters", ()))
+    if both := sorted(known & specimens(getattr(chosen, "parameters", ()))):
+        name, seed = both[0]
+        raise RecipeError(
+            f"train = {recipe.train} and validate = {recipe.validate} both show specimen {seed} of {name}: "
+            "validate on others, made by train.simulate with another --first-seed"
+        )
+    return chosen
+
+
+def held_out(images: Images | None, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Noisy and true views (N, 1, H, W) of `images`, `most` or fewer: 0.45 electrons per pixel. None: photographs.
 
     The noise is the same each time.
     """
     generator = torch.Generator().manual_seed(7)
-    if recipe.task == "photographs":
+    if images is None:
         return photographs.held_out(generator)
-    views = chosen_images(recipe.validate, recipe).central_views(512)[::2]
+    views = images.central_views(512)[::2]
     views = views[:: -(-len(views) // (most or len(views)))]
     return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views.split(4)]
 
@@ -182,16 +196,12 @@ def check_losses(losses: list[Tensor], rates: list[float], step: int) -> None:
         )
 
 
-def provenance(images: Any) -> dict[str, Any]:
-    """What trains, and what it trains on: commit, date, how many images, of which specimens."""
+def provenance(images: Any, validation: Any) -> dict[str, Any]:
+    """What trains, and what it trains and validates on: commit, date, how many images, of which specimens."""
     stamp = report.stamp("fit", ())
-    found: dict[str, Any] = {"commit": stamp["commit"], "date": stamp["date"], "images": len(images.images)}
-    parameters = getattr(images, "parameters", ())
-    if parameters:
-        seeds = [one["seed"] for one in parameters]
-        materials = {one.get("material", EARLIER_SETTINGS["material"]) for one in parameters}
-        found |= {"seeds": [min(seeds), max(seeds)], "materials": sorted(materials)}
-    return found
+    found = {"commit": stamp["commit"], "date": stamp["date"], "images": len(images.images)}
+    found |= range_of(specimens(getattr(images, "parameters", ())))
+    return found | {"validated_on": range_of(specimens(getattr(validation, "parameters", ())))}
 
 
 def clock_s(device: torch.device) -> float:
@@ -222,12 +232,17 @@ def fit(recipe: Recipe, out: Path) -> Network:
     network = recipe.build()
     state = load_state(out, recipe, network)
     network.to(device, memory_format=torch.channels_last)
-    teacher = load_teacher(recipe).to(device) if recipe.distill_from else None
+    teacher, taught_by = load_teacher(recipe) if recipe.distill_from else (None, {})
     images = training_images(recipe, device)
-    pairs = held_out(recipe, CPU_VALIDATION_VIEWS if device.type == "cpu" else None) if first else []
-    made = provenance(images)
+    validation = validation_images(recipe, images) if first else None
+    pairs = held_out(validation, CPU_VALIDATION_VIEWS if device.type == "cpu" else None) if first else []
+    made = provenance(images, validation)
     if recipe.start_from:
-        made["began_from"] = load_start(recipe, network)
+        # Read once: it may have moved since, or be another.
+        made["began_from"] = state.get("training", {}).get("began_from") or load_start(recipe, network)
+    if teacher is not None:
+        teacher.to(device)
+        made["taught_by"] = taught_by
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     step, spent_s, best = state.get("step", 0), state.get("spent_s", 0.0), state.get("best", -math.inf)
@@ -265,7 +280,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
         save(
             out / "checkpoint.pt", recipe, network=network.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, spent_s=spent_s,
-            validation_due=validation_due,
+            validation_due=validation_due, hardware=hardware(device, processes), training=made,
         )  # fmt: skip
 
     def validate() -> float:

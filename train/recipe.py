@@ -199,12 +199,12 @@ def load_start(recipe: Recipe, network: Network) -> dict[str, Any]:
     return {"steps": state["step"], "spent_s": state["spent_s"], **state.get("training", {})}
 
 
-def load_teacher(recipe: Recipe) -> Network:
-    """The network to learn from beside the truth."""
-    theirs, teacher, _ = load(Path(recipe.distill_from or ""))
+def load_teacher(recipe: Recipe) -> tuple[Network, dict[str, Any]]:
+    """The network to learn from beside the truth, and how it came to be."""
+    theirs, teacher, state = load(Path(recipe.distill_from or ""))
     if theirs.task != recipe.task or recipe.crop_px % teacher.multiple_px:
         raise RecipeError(
             f"{recipe.distill_from} cannot teach here: it is for {theirs.task} in multiples of "
             f"{teacher.multiple_px} px, the recipe for {recipe.task} in crops of {recipe.crop_px} px"
         )
-    return teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False), state.get("training", {})

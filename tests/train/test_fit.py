@@ -43,6 +43,14 @@ PHOTOGRAPHS: dict[str, Any] = {
 }
 
 
+class Specimens(Discs):
+    """Of the seeds that the directory is named after."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.parameters = [{"seed": int(seed), "material": "pt_ceo2"} for seed in str(directory).split()]
+
+
 def tiny(**change: Any) -> Recipe:
     return Recipe(**{**TINY, **change})
 
@@ -167,7 +175,7 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
     assert (read, state["step"], row["step"]) == (recipe, 80, "80")
     assert tuple(row) == COLUMNS
     assert float(row["validation_psnr_db"]) == state["validation_psnr_db"]
-    pairs = [pair for batch in fit.held_out(recipe) for pair in zip(*batch, strict=True)]
+    pairs = [pair for batch in fit.held_out(Discs(Path())) for pair in zip(*batch, strict=True)]
     noisy = sum(psnr_db(counts.numpy(), truth.numpy()) for counts, truth in pairs) / len(pairs)
     assert state["validation_psnr_db"] > noisy + 10
     assert network.bias_free
@@ -361,21 +369,36 @@ def test_a_kill_while_validating_does_not_lose_the_validation(
 
 def test_a_cpu_validates_on_a_few_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Discs, "central_views", lambda self, size_px: self.images.expand(90, 1, 128, 128))
-    assert sum(len(noisy) for noisy, _ in fit.held_out(tiny())) == 45
-    assert sum(len(noisy) for noisy, _ in fit.held_out(tiny(), 16)) == 15
+    assert sum(len(noisy) for noisy, _ in fit.held_out(Discs(Path()))) == 45
+    assert sum(len(noisy) for noisy, _ in fit.held_out(Discs(Path()), 16)) == 15
 
 
 def test_the_best_network_knows_what_it_was_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameters = [{"seed": seed, "material": "pt_ceo2"} for seed in (12, 7, 9)]
-    monkeypatch.setattr(Discs, "parameters", parameters, raising=False)
-    fit.fit(tiny(steps=1), tmp_path)
+    monkeypatch.setattr(fit, "Images", Specimens)
+    fit.fit(tiny(train="12 7 9", validate="100 103", steps=1), tmp_path)
     training = load(tmp_path / "best.pt")[2]["training"]
     assert (training["seeds"], training["materials"]) == ([7, 12], ["pt_ceo2"])
+    assert training["validated_on"] == {"seeds": [100, 103], "materials": ["pt_ceo2"]}
     assert training["images"] == 128
     assert training["date"].startswith("20")
     assert "commit" in training
+    assert load(tmp_path / "checkpoint.pt")[2]["training"] == training
+
+
+def test_training_images_do_not_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "Images", Specimens)
+    with pytest.raises(RecipeError, match=r"train = 1 2 and validate = 2 3 both show specimen 2 of pt_ceo2"):
+        fit.fit(tiny(train="1 2", validate="2 3"), tmp_path)
+
+
+def test_a_student_knows_what_its_teacher_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "Images", Specimens)
+    fit.fit(tiny(train="1 2", validate="3", steps=1), tmp_path / "teacher")
+    taught = tiny(train="5 6", validate="7", distill_from=str(tmp_path / "teacher/best.pt"), steps=1)
+    fit.fit(taught, tmp_path / "student")
+    assert load(tmp_path / "student/best.pt")[2]["training"]["taught_by"]["seeds"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -484,8 +507,10 @@ def test_starts_from_the_weights_of_another_run(tmp_path: Path) -> None:
     assert not same(second, first)
     began = load(tmp_path / "second/best.pt")[2]["training"]["began_from"]
     assert began["steps"] == 3
+    (tmp_path / "first/best.pt").unlink()  # needed once alone
     fit.fit(replace(on, steps=2), tmp_path / "second")  # resumes
     assert same(load(tmp_path / "second/best.pt")[1], ema)
+    assert load(tmp_path / "second/best.pt")[2]["training"]["began_from"] == began
 
 
 def test_start_from_another_network_is_refused(tmp_path: Path) -> None:
