@@ -250,13 +250,18 @@ class _Checkpoint:
 
 
 def _load_engines(paths: Sequence[Path]) -> dict[str, Any]:
-    """Engines by a name of their own: two that run the same network have their file's ending in it."""
+    """Engines by a name of their own: where that is taken, their file's ending is in it, or it is the whole path."""
+    if twice := [path for n, path in enumerate(paths) if path in paths[:n]]:
+        raise ValueError(f"{twice[0]} is named twice; name it once")
     engines = [_Checkpoint(path) if path.suffix == ".pt" else load_engine(path) for path in paths]
     names = [engine.name for engine in engines]
-    return {
-        name if names.count(name) == 1 else f"{name}{path.suffix}": engine
-        for name, path, engine in zip(names, paths, engines, strict=True)
-    }
+    for longer in (lambda name, path: f"{name}{path.suffix}", lambda _, path: str(path)):
+        taken = [NOISY, CLEAN, *baselines.BASELINES, *names]
+        names = [
+            longer(name, path) if taken.count(name) > 1 else name
+            for name, path in zip(names, paths, strict=True)
+        ]
+    return dict(zip(names, engines, strict=True))
 
 
 def _denoisers(

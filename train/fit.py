@@ -36,7 +36,7 @@ from train.log import Log
 from train.losses import LOSSES
 from train.metrics import psnr_db
 from train.models import BiasFreeBatchNorm, Network
-from train.noise import PAPER_DOSE, draw_doses, expose
+from train.noise import PAPER_DOSE, Camera, draw_doses, expose
 from train.recipe import Recipe, RecipeError, load_start, load_state, load_teacher, save
 
 CHECKPOINT_S = 45.0
@@ -110,7 +110,9 @@ def draw_batch(images: Any, recipe: Recipe, generator: torch.Generator) -> tuple
         doses = draw_doses(recipe.batch, generator)
         if recipe.doses == "paper":
             doses = torch.full_like(doses, PAPER_DOSE)
-        return expose(truth, doses, generator), truth.clamp_min(0), doses.view(-1, 1, 1, 1)
+        camera = Camera(**recipe.camera or {})
+        counts = camera.electrons(expose(truth, doses, generator, camera))
+        return counts, truth.clamp_min(0), doses.view(-1, 1, 1, 1)
 
 
 def predict(
@@ -138,7 +140,9 @@ def validation_images(recipe: Recipe, images: Any) -> Images | None:
     return chosen
 
 
-def held_out(images: Images | None, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
+def held_out(
+    images: Images | None, most: int | None = None, camera: Camera | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Noisy and true views (N, 1, H, W) of `images`, `most` or fewer: 0.45 electrons per pixel. None: photographs.
 
     The noise is the same each time.
@@ -148,7 +152,11 @@ def held_out(images: Images | None, most: int | None = None) -> list[tuple[Tenso
         return photographs.held_out(generator)
     views = images.central_views(512)[::2]
     views = views[:: -(-len(views) // (most or len(views)))]
-    return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views.split(4)]
+    camera, pairs = camera or Camera(), []
+    for true in views.split(4):
+        noisy = expose(true, torch.full((len(true),), PAPER_DOSE), generator, camera)
+        pairs.append((camera.electrons(noisy), PAPER_DOSE * true))
+    return pairs
 
 
 @torch.no_grad()
@@ -235,7 +243,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
     teacher, taught_by = load_teacher(recipe) if recipe.distill_from else (None, {})
     images = training_images(recipe, device)
     validation = validation_images(recipe, images) if first else None
-    pairs = held_out(validation, CPU_VALIDATION_VIEWS if device.type == "cpu" else None) if first else []
+    few, camera = CPU_VALIDATION_VIEWS if device.type == "cpu" else None, Camera(**recipe.camera or {})
+    pairs = held_out(validation, few, camera) if first else []
     made = provenance(images, validation)
     if recipe.start_from:
         # Read once: it may have moved since, or be another.

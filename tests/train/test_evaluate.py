@@ -553,6 +553,46 @@ def test_specimens_of_the_weights_it_began_from_count_as_seen(tmp_path: Path) ->
             network.refuse_seen(iter([{"seed": 20}, {"seed": seed}]))
 
 
+def test_specimens_that_chose_or_taught_the_network_count_as_seen(tmp_path: Path) -> None:
+    validated = {"seeds": [30, 31], "materials": ["pt_ceo2"]}
+    teacher = {"seeds": [40, 41], "materials": ["pt_ceo2"]}
+    network = networks.load(best(tmp_path / "run", training={"validated_on": validated, "taught_by": teacher}))
+    with pytest.raises(ValueError, match=r"was validated on specimens 30-31 .* show specimen 30"):
+        network.refuse_seen([{"seed": 30}])
+    with pytest.raises(ValueError, match=r"was trained on specimens 40-41 .* show specimen 41"):
+        network.refuse_seen([{"seed": 41}])
+
+
+def test_networks_of_photographs_are_not_scored_on_electrons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "Images", ToyImages)
+    made = Recipe(
+        network="UNet", base=4, scales=2, task="photographs", noise_sigma=[0, 100], steps=1, batch=1, crop_px=64,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    path = tmp_path / "best.pt"
+    save(path, made, network=made.build().state_dict())
+    with pytest.raises(SystemExit, match=r"best\.pt was trained on photographs: score it with"):
+        evaluate.main([str(path), "toy"])
+
+
+@pytest.mark.usefixtures("toy")
+def test_networks_of_one_name_are_all_scored(tmp_path: Path) -> None:
+    names = ["a/blur.onnx", "b/blur.onnx", "gaussian.onnx"]
+    evaluate.main([*names, "toy", "--every", "9", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "evaluate.json").read_text())
+    assert [entry["denoiser"] for entry in results["scores"]] == [
+        "noisy", "a/blur.onnx", "b/blur.onnx", "gaussian.onnx",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_same_network_twice_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"error: blur\.onnx is named twice"):
+        evaluate.main(["blur.onnx", "blur.onnx", "toy"])
+
+
 @pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize(("load", "warned"), [(0.5, False), (900.0, True)])
 def test_times_on_a_busy_machine_come_with_a_warning(

@@ -498,6 +498,29 @@ def test_every_loss_trains(tmp_path: Path, name: str) -> None:
     assert float(rows(tmp_path)[0]["loss"]) > 0
 
 
+def test_a_recipes_camera_makes_the_frames_in_electrons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera = {"counting": False, "mtf_nyquist": 0.5, "gain": 30.0, "offset": 100.0, "dead_pixel_fraction": 0.01}
+    made = tiny(camera=camera, crop_px=128, doses="paper", batch=8)
+    images = Discs(Path())
+    counts, truth, doses = fit.draw_batch(images, made, torch.Generator().manual_seed(0))
+    ideal = fit.draw_batch(images, replace(made, camera=None), torch.Generator().manual_seed(0))[0]
+    vacuum = truth == 1
+    assert counts.mean() == pytest.approx(0.99 * ideal.mean().item(), rel=0.02)
+    assert counts[vacuum].var() < 0.7 * ideal[vacuum].var()  # charge is shared by neighbours
+    assert not torch.equal(counts, counts.round())
+    ((noisy, _),) = fit.held_out(images, camera=fit.Camera(**camera))
+    assert not torch.equal(noisy, noisy.round())
+    assert noisy.mean() == pytest.approx(0.99 * fit.held_out(images)[0][0].mean().item(), rel=0.03)
+    path = write(tmp_path / "recipe.toml", **TINY, camera={"mtf": 0.5})
+    with pytest.raises(RecipeError, match=r"recipe\.toml: camera has no mtf; it takes counting, mtf_nyquist"):
+        Recipe.read(path)
+    write(path, **TINY, camera={"gain": -2.0})
+    with pytest.raises(RecipeError, match=r"gain must be positive, got -2.0 ADU per electron"):
+        Recipe.read(path)
+
+
 def test_starts_from_the_weights_of_another_run(tmp_path: Path) -> None:
     first = fit.fit(tiny(steps=3), tmp_path / "first")
     on = tiny(steps=1, learning_rate=1e-30, start_from=str(tmp_path / "first/best.pt"))

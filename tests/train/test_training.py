@@ -84,6 +84,13 @@ def test_random_views_differ_and_repeat_with_the_generator(simulated: Path) -> N
     assert not torch.equal(first[0], first[1])
 
 
+def test_crops_that_leave_the_image_are_refused(simulated: Path) -> None:
+    images, generator = Images(simulated), torch.Generator().manual_seed(0)
+    images.random_views(1, 512, generator)
+    with pytest.raises(ValueError, match=r"crops of 640 px do not fit .* crop_px can be 516 at most"):
+        images.random_views(1, 640, generator)
+
+
 def test_doses_cover_the_range_and_favour_the_papers() -> None:
     doses = draw_doses(4000, torch.Generator().manual_seed(0))
     assert doses.min() >= DOSE_RANGE[0] * 0.99
