@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +195,7 @@ def range_of(found: set[tuple[str, int]]) -> dict[str, Any]:
     return {"seeds": [min(seeds), max(seeds)], "materials": sorted({name for name, _ in found})}
 
 
-def refuse_known(what: str, known: Mapping[str, Any], tests: set[tuple[str, int]]) -> None:
+def refuse_known(what: str, known: Mapping[str, Any], tests: Set[tuple[str, int]]) -> None:
     """Raise ValueError if one of the specimens `tests` lies in the `known` range, which `what` was made from."""
     first, last = known.get("seeds", (0, -1))
     for name, seed in sorted(tests):

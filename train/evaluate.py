@@ -33,7 +33,7 @@ from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
 from train.command import explained, writable_folder
-from train.dataset import Images, group_of
+from train.dataset import Images, group_of, specimens
 from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     stamp = report.stamp("evaluate", argv)  # the load average is to be that of others
     images = Images(arguments.test)
-    tuned = baselines.read(arguments.baselines) if arguments.baselines else []
+    tuned = baselines.read(arguments.baselines, specimens(images.parameters)) if arguments.baselines else []
     for key in arguments.by:
         group_of(images.parameters[0], key)
     if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:

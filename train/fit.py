@@ -17,6 +17,7 @@ import math
 import os
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from bench import report
 from train import photographs
-from train.command import explained, writable_folder
+from train.command import alone_in, explained, writable_folder
 from train.dataset import Images, range_of, specimens
 from train.log import Log
 from train.losses import LOSSES
@@ -396,7 +397,9 @@ def main() -> None:
         recipe = replace(recipe, hours=arguments.hours, steps=arguments.steps)
     if arguments.no_compile:
         recipe = replace(recipe, compile=False)
-    fit(recipe, arguments.out)
+    first = int(os.environ.get("RANK", 0)) == 0
+    with alone_in(arguments.out) if first else nullcontext():
+        fit(recipe, arguments.out)
 
 
 if __name__ == "__main__":

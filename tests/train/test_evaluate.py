@@ -18,7 +18,7 @@ pytest.importorskip("psutil", reason="the laboratory needs: pip install 'emstrea
 from scipy.ndimage import gaussian_filter
 
 from tests.train.toy import SIZE_PX, SPACING_PX, ToyColumns, ToyImages, draw, toy_columns
-from train import evaluate, networks, plots, surface, tables
+from train import baselines, evaluate, networks, plots, surface, tables
 from train.dataset import group_of
 from train.evaluate import grouped, measure_ms
 from train.metrics import Spread, psnr_db, psnr_ssim
@@ -296,6 +296,20 @@ def test_baselines_tuned_at_other_doses_are_refused(tmp_path: Path) -> None:
         evaluate.main(["blur.onnx", "toy", "--baselines", str(tuned)])
 
 
+@pytest.mark.parametrize("command", ["tables", "evaluate"])
+def test_baselines_tuned_on_the_test_images_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for module in (tables, evaluate):
+        monkeypatch.setattr(module, "Images", ToyImages)
+    path = tmp_path / "tuned.json"
+    narrow = replace(baselines.BASELINES["gaussian"], grid={"width_px": (5.0,)})
+    path.write_text(json.dumps([vars(baselines.tune(narrow, ToyImages(), DOSE, views=1, size_px=96))]))
+    arguments = ["engine.onnx", "toy"] if command == "evaluate" else ["--test", "toy", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"tuned\.json was tuned on specimens 0-3 of pt_ceo2, .* show specimen 0"):
+        {"tables": tables, "evaluate": evaluate}[command].main([*arguments, "--baselines", str(path)])
+
+
 def overlapping(texts: list[Any]) -> list[tuple[str, str]]:
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
     return [(a, b) for n, (a, one) in enumerate(boxes) for b, other in boxes[:n] if one.overlaps(other)]
@@ -498,7 +512,7 @@ def test_the_blur_is_as_wide_as_it_was_tuned(tmp_path: Path) -> None:
     tuned = tmp_path / "tuned.json"
     choice = {"baseline": "gaussian", "dose": 0.45, "parameters": {"width_px": 5.5}, "psnr_db": 30.0}
     tuned.write_text(json.dumps([choice | {"views": 1, "at_edge": []}]))
-    assert tables.blur(tuned)[0] == "Gaussian blur, 5.5 px"
+    assert tables.blur(baselines.read(tuned))[0] == "Gaussian blur, 5.5 px"
 
 
 @pytest.mark.usefixtures("toy_tables")
