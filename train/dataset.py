@@ -138,7 +138,7 @@ class Images:
         sampling_a = uniform(FINEST, COARSEST) * SAMPLING_A
         angle = uniform(-np.pi, np.pi)
         half = size_px * sampling_a / (self.images.shape[-1] * self.sampling_a)
-        reach = (USABLE - half * (angle.cos().abs() + angle.sin().abs()))
+        reach = USABLE - half * (angle.cos().abs() + angle.sin().abs())
         centre = uniform(-1, 1, 2) * reach[:, None]
         flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
         return self.view(index, size_px, sampling_a, angle, flip, centre)

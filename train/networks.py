@@ -60,7 +60,9 @@ class Trained:
         It was trained on it, or chosen by it, or its teacher was, or the weights that it began from.
         """
         if self.recipe.get("task") == "photographs":
-            raise ValueError(f"{self.path} was trained on photographs: score it with train.photographs or train.tables")
+            raise ValueError(
+                f"{self.path} was trained on photographs: score it with train.photographs or train.tables"
+            )
         tests, every = specimens(parameters), [self.training]
         for training in every:
             refuse_known(f"{self.path} was trained on", training, tests)

@@ -102,7 +102,9 @@ class Recipe:
                 raise RecipeError(f"photographs need noise_sigma = [lowest, highest], got {self.noise_sigma}")
             given = self.loss, self.doses, self.train, self.validate, self.only, self.camera
             if given != ("mse", "range", *[None] * 4):
-                raise RecipeError("photographs have no doses, no train, validate, only or camera, and the loss mse")
+                raise RecipeError(
+                    "photographs have no doses, no train, validate, only or camera, and the loss mse"
+                )
         else:
             if missing := [key for key in ("train", "validate") if getattr(self, key) is None]:
                 raise RecipeError(f"missing key {', '.join(missing)}")

@@ -170,12 +170,17 @@ def test_the_tour_names_every_module() -> None:
     assert not [name for name in modules if name not in named]
 
 
-@pytest.mark.parametrize(("main", "arguments"), [(fit.main, ["recipe.toml", "out"]), (simulate.main, ["out"])])
+@pytest.mark.parametrize(
+    ("main", "arguments"), [(fit.main, ["recipe.toml", "out"]), (simulate.main, ["out"])]
+)
 def test_two_processes_do_not_write_to_one_folder(
     main: Callable[[], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    with alone_in(Path("out")), pytest.raises(SystemExit, match="error: another process is writing to out: wait"):
+    with (
+        alone_in(Path("out")),
+        pytest.raises(SystemExit, match="error: another process is writing to out: wait"),
+    ):
         main()
     with alone_in(Path("out")):  # it is free again
         pass

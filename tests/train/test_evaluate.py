@@ -306,7 +306,9 @@ def test_baselines_tuned_on_the_test_images_are_refused(
     narrow = replace(baselines.BASELINES["gaussian"], grid={"width_px": (5.0,)})
     path.write_text(json.dumps([vars(baselines.tune(narrow, ToyImages(), DOSE, views=1, size_px=96))]))
     arguments = ["engine.onnx", "toy"] if command == "evaluate" else ["--test", "toy", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"tuned\.json was tuned on specimens 0-3 of pt_ceo2, .* show specimen 0"):
+    with pytest.raises(
+        SystemExit, match=r"tuned\.json was tuned on specimens 0-3 of pt_ceo2, .* show specimen 0"
+    ):
         {"tables": tables, "evaluate": evaluate}[command].main([*arguments, "--baselines", str(path)])
 
 
@@ -570,7 +572,9 @@ def test_specimens_of_the_weights_it_began_from_count_as_seen(tmp_path: Path) ->
 def test_specimens_that_chose_or_taught_the_network_count_as_seen(tmp_path: Path) -> None:
     validated = {"seeds": [30, 31], "materials": ["pt_ceo2"]}
     teacher = {"seeds": [40, 41], "materials": ["pt_ceo2"]}
-    network = networks.load(best(tmp_path / "run", training={"validated_on": validated, "taught_by": teacher}))
+    network = networks.load(
+        best(tmp_path / "run", training={"validated_on": validated, "taught_by": teacher})
+    )
     with pytest.raises(ValueError, match=r"was validated on specimens 30-31 .* show specimen 30"):
         network.refuse_seen([{"seed": 30}])
     with pytest.raises(ValueError, match=r"was trained on specimens 40-41 .* show specimen 41"):

@@ -501,10 +501,16 @@ def test_every_loss_trains(tmp_path: Path, name: str) -> None:
 def test_a_recipes_camera_makes_the_frames_in_electrons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    camera = {"counting": False, "mtf_nyquist": 0.5, "gain": 30.0, "offset": 100.0, "dead_pixel_fraction": 0.01}
+    camera = {
+        "counting": False,
+        "mtf_nyquist": 0.5,
+        "gain": 30.0,
+        "offset": 100.0,
+        "dead_pixel_fraction": 0.01,
+    }
     made = tiny(camera=camera, crop_px=128, doses="paper", batch=8)
     images = Discs(Path())
-    counts, truth, doses = fit.draw_batch(images, made, torch.Generator().manual_seed(0))
+    counts, truth, _ = fit.draw_batch(images, made, torch.Generator().manual_seed(0))
     ideal = fit.draw_batch(images, replace(made, camera=None), torch.Generator().manual_seed(0))[0]
     vacuum = truth == 1
     assert counts.mean() == pytest.approx(0.99 * ideal.mean().item(), rel=0.02)

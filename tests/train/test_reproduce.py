@@ -114,7 +114,14 @@ def test_crops_that_a_network_cannot_take_are_refused_at_once(
 
 def test_the_chain_scores_other_doses_than_the_papers(tmp_path: Path) -> None:
     command = chain(tmp_path)["doses"].command
-    assert command[command.index("--doses") + 1 : command.index("--out")] == ["0.1", "0.2", "0.45", "1", "3", "10"]
+    assert command[command.index("--doses") + 1 : command.index("--out")] == [
+        "0.1",
+        "0.2",
+        "0.45",
+        "1",
+        "3",
+        "10",
+    ]
 
 
 def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
