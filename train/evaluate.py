@@ -478,8 +478,7 @@ def label(denoiser: str) -> str:
 
 
 def _cell(entry: Mapping[str, Any]) -> str:
-    spread = Spread(entry["mean"], entry["sd"], entry["images"])
-    return spread.text(2) if spread.images > 1 else f"{spread.mean:.2f}"
+    return Spread(entry["mean"], entry["sd"], entry["images"]).text(2)
 
 
 def _numbers(values: Iterable[int]) -> str:

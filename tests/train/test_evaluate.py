@@ -56,6 +56,11 @@ def test_images_that_do_not_know_a_parameter_say_so() -> None:
         group_of({"defect": "D0"}, "contrast")
 
 
+def test_one_image_has_no_spread() -> None:
+    assert Spread.of([31.234]).text(2) == "31.23"
+    assert Spread.of([30.0, 31.0]).text(2) == "30.50 +- 0.50"
+
+
 def test_a_group_holds_the_spread_of_its_images() -> None:
     rows = [{"image": n, "psnr_db": 30.0 + n} for n in range(4)]
     assert grouped(rows, ToyImages(), "shape") == {"PtNp1": Spread(31, 1, 2), "PtNp2": Spread(32, 1, 2)}
