@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from itertools import product
@@ -39,7 +39,7 @@ from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
 
 from train.command import explained, writable_file
-from train.dataset import Images
+from train.dataset import Images, range_of, refuse_known, specimens
 from train.metrics import VIEW_PX, psnr_db
 from train.noise import PAPER_DOSE, expose
 
@@ -342,6 +342,9 @@ class Tuned:
     at_edge: tuple[str, ...]
     """Parameters whose choice is the first or last numeric value of their grid: it may be too narrow."""
 
+    tuned_on: dict[str, Any] = field(default_factory=dict)
+    """First and last seed and materials of the validation specimens; empty in files of earlier versions."""
+
     @property
     def denoise(self) -> Denoiser:
         return partial(BASELINES[self.baseline].function, **self.parameters)
@@ -375,12 +378,12 @@ def tune(
     )
     return Tuned(
         baseline=baseline.name, dose=dose, parameters=best, psnr_db=round(best_db, 2),
-        views=len(indices), at_edge=edges,
+        views=len(indices), at_edge=edges, tuned_on=range_of(specimens(images.parameters)),
     )  # fmt: skip
 
 
-def read(path: Path) -> list[Tuned]:
-    """What `python -m train.baselines` wrote."""
+def read(path: Path, tests: Set[tuple[str, int]] = frozenset()) -> list[Tuned]:
+    """What `python -m train.baselines` wrote. Raises ValueError if it was tuned on one of the specimens `tests`."""
     remedy = f"make it again with: python -m train.baselines data/val --out {path}"
     try:
         entries = json.loads(path.read_text())
@@ -393,11 +396,14 @@ def read(path: Path) -> list[Tuned]:
         if unknown := {entry["baseline"]} - set(BASELINES) if "baseline" in entry else ():
             known = ", ".join(sorted(BASELINES))
             raise ValueError(f"{path}: unknown baseline {', '.join(map(str, unknown))}; known: {known}")
-        if missing := [name for name in wanted if name not in entry]:
+        if missing := [name for name in wanted if name not in entry and name != "tuned_on"]:
             raise ValueError(f"{path}: an entry lacks {', '.join(missing)}; {remedy}")
         if more := sorted(set(entry) - set(wanted)):
             raise ValueError(f"{path}: an entry has {', '.join(more)}, which is not known here; {remedy}")
-    return [Tuned(**(entry | {"at_edge": tuple(entry["at_edge"])})) for entry in entries]
+    tuned = [Tuned(**(entry | {"at_edge": tuple(entry["at_edge"])})) for entry in entries]
+    for one in tuned:
+        refuse_known(f"{path} was tuned on", one.tuned_on, tests)
+    return tuned
 
 
 @explained

@@ -10,9 +10,12 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
 
 from emstream.errors import EmstreamError
 
@@ -46,6 +49,17 @@ def writable_folder(path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{path} cannot be written to ({error.strerror}); choose another folder") from None
     return path
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder`. Raises RuntimeError while one is in it, like a child of what was killed."""
+    writable_folder(folder)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(f"another process is writing to {folder}: wait until it ends, or end it") from None
 
 
 def writable_file(path: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from train.shards import Shard, ShardError
 from train.structures import material, projected_columns
 
 SAMPLING_A = 0.062  # pixel size of the camera's frames [A], as in the paper
+FINEST, COARSEST = 0.9, 1.1  # times that, in training
+USABLE = 0.94  # of an image's side: at the outermost 3 % the periodic cell wraps around
 # Numbers fall into the nearest multiple of the step: a group per unit, like the paper's settings.
 STEPS = {"thickness_nm": 1.0, "tilt": 1.0, "defocus_nm": 5.0}
 
@@ -119,17 +121,24 @@ class Images:
     def random_views(self, count: int, size_px: int, generator: torch.Generator) -> Tensor:
         """Views at random places, any rotation, mirrored or not, pixels of 5.6-6.8 pm.
 
-        The outermost 3 % of an image is left out: there the periodic cell wraps around.
+        Raises ValueError for views that do not fit into the image's usable part at every angle.
         """
+        side_a = self.images.shape[-1] * self.sampling_a
+        largest_px = int(USABLE * side_a / (np.sqrt(2) * COARSEST * SAMPLING_A))
+        if size_px > largest_px:
+            raise ValueError(
+                f"crops of {size_px} px do not fit into images of {side_a / 10:.1f} nm at every angle; "
+                f"crop_px can be {largest_px} at most"
+            )
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
         index = torch.randint(len(self), (count,), generator=generator)
-        sampling_a = uniform(0.9, 1.1) * SAMPLING_A
+        sampling_a = uniform(FINEST, COARSEST) * SAMPLING_A
         angle = uniform(-np.pi, np.pi)
         half = size_px * sampling_a / (self.images.shape[-1] * self.sampling_a)
-        reach = (0.94 - half * (angle.cos().abs() + angle.sin().abs())).clamp_min(0)
+        reach = USABLE - half * (angle.cos().abs() + angle.sin().abs())
         centre = uniform(-1, 1, 2) * reach[:, None]
         flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
         return self.view(index, size_px, sampling_a, angle, flip, centre)
@@ -171,6 +180,30 @@ def _rebuilt_columns(parameters: dict[str, Any]) -> np.ndarray:
     names = substance.Specimen.__dataclass_fields__
     specimen = substance.Specimen(**{name: parameters[name] for name in names if name in parameters})
     return in_pixels(projected_columns(substance.build(specimen)), substance.CELL_A)
+
+
+def specimens(parameters: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Material and seed of every specimen that images with these `parameters` show."""
+    return {(one.get("material", shards.EARLIER_SETTINGS["material"]), one["seed"]) for one in parameters}
+
+
+def range_of(found: set[tuple[str, int]]) -> dict[str, Any]:
+    """What a file says of `specimens`: first and last seed, and the materials; {} of none."""
+    if not found:
+        return {}
+    seeds = [seed for _, seed in found]
+    return {"seeds": [min(seeds), max(seeds)], "materials": sorted({name for name, _ in found})}
+
+
+def refuse_known(what: str, known: Mapping[str, Any], tests: Set[tuple[str, int]]) -> None:
+    """Raise ValueError if one of the specimens `tests` lies in the `known` range, which `what` was made from."""
+    first, last = known.get("seeds", (0, -1))
+    for name, seed in sorted(tests):
+        if name in known.get("materials", ()) and first <= seed <= last:
+            raise ValueError(
+                f"{what} specimens {first}-{last} of {name}, and the test images show specimen {seed}: "
+                "test on others, made by train.simulate with another --first-seed"
+            )
 
 
 def group_of(parameters: Mapping[str, Any], key: str) -> float | str:

@@ -33,7 +33,7 @@ from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
 from train.command import explained, writable_folder
-from train.dataset import Images, group_of
+from train.dataset import Images, group_of, specimens
 from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     stamp = report.stamp("evaluate", argv)  # the load average is to be that of others
     images = Images(arguments.test)
-    tuned = baselines.read(arguments.baselines) if arguments.baselines else []
+    tuned = baselines.read(arguments.baselines, specimens(images.parameters)) if arguments.baselines else []
     for key in arguments.by:
         group_of(images.parameters[0], key)
     if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:
@@ -250,13 +250,18 @@ class _Checkpoint:
 
 
 def _load_engines(paths: Sequence[Path]) -> dict[str, Any]:
-    """Engines by a name of their own: two that run the same network have their file's ending in it."""
+    """Engines by a name of their own: where that is taken, their file's ending is in it, or it is the whole path."""
+    if twice := [path for n, path in enumerate(paths) if path in paths[:n]]:
+        raise ValueError(f"{twice[0]} is named twice; name it once")
     engines = [_Checkpoint(path) if path.suffix == ".pt" else load_engine(path) for path in paths]
     names = [engine.name for engine in engines]
-    return {
-        name if names.count(name) == 1 else f"{name}{path.suffix}": engine
-        for name, path, engine in zip(names, paths, engines, strict=True)
-    }
+    for longer in (lambda name, path: f"{name}{path.suffix}", lambda _, path: str(path)):
+        taken = [NOISY, CLEAN, *baselines.BASELINES, *names]
+        names = [
+            longer(name, path) if taken.count(name) > 1 else name
+            for name, path in zip(names, paths, strict=True)
+        ]
+    return dict(zip(names, engines, strict=True))
 
 
 def _denoisers(
@@ -473,8 +478,7 @@ def label(denoiser: str) -> str:
 
 
 def _cell(entry: Mapping[str, Any]) -> str:
-    spread = Spread(entry["mean"], entry["sd"], entry["images"])
-    return spread.text(2) if spread.images > 1 else f"{spread.mean:.2f}"
+    return Spread(entry["mean"], entry["sd"], entry["images"]).text(2)
 
 
 def _numbers(values: Iterable[int]) -> str:

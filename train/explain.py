@@ -359,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= arguments.image < len(images):
         parser.error(f"--image must lie in 0-{len(images) - 1}, got {arguments.image}")
     trained = networks.load(arguments.network)
+    trained.refuse_seen(images.parameters)
     writable_folder(arguments.out)
     result = explain(trained, images, arguments.image, arguments.doses, arguments.out)
     (arguments.out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -17,6 +17,7 @@ import math
 import os
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,14 @@ from tqdm import tqdm
 
 from bench import report
 from train import photographs
-from train.command import explained, writable_folder
-from train.dataset import Images
+from train.command import alone_in, explained, writable_folder
+from train.dataset import Images, range_of, specimens
 from train.log import Log
 from train.losses import LOSSES
 from train.metrics import psnr_db
 from train.models import BiasFreeBatchNorm, Network
-from train.noise import PAPER_DOSE, draw_doses, expose
+from train.noise import PAPER_DOSE, Camera, draw_doses, expose
 from train.recipe import Recipe, RecipeError, load_start, load_state, load_teacher, save
-from train.shards import EARLIER_SETTINGS
 
 CHECKPOINT_S = 45.0
 CALIBRATION_BATCHES = 40
@@ -111,7 +111,9 @@ def draw_batch(images: Any, recipe: Recipe, generator: torch.Generator) -> tuple
         doses = draw_doses(recipe.batch, generator)
         if recipe.doses == "paper":
             doses = torch.full_like(doses, PAPER_DOSE)
-        return expose(truth, doses, generator), truth.clamp_min(0), doses.view(-1, 1, 1, 1)
+        camera = Camera(**recipe.camera or {})
+        counts = camera.electrons(expose(truth, doses, generator, camera))
+        return counts, truth.clamp_min(0), doses.view(-1, 1, 1, 1)
 
 
 def predict(
@@ -124,17 +126,38 @@ def predict(
     return estimate if bias_free else estimate / doses
 
 
-def held_out(recipe: Recipe, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Noisy and true images (N, 1, H, W) to validate on, `most` or fewer: 0.45 electrons per pixel.
+def validation_images(recipe: Recipe, images: Any) -> Images | None:
+    """The images to validate on, other specimens than those of `images`; None for photographs."""
+    if recipe.task == "photographs":
+        return None
+    chosen = chosen_images(recipe.validate, recipe)
+    known = specimens(getattr(images, "parameters", ()))
+    if both := sorted(known & specimens(getattr(chosen, "parameters", ()))):
+        name, seed = both[0]
+        raise RecipeError(
+            f"train = {recipe.train} and validate = {recipe.validate} both show specimen {seed} of {name}: "
+            "validate on others, made by train.simulate with another --first-seed"
+        )
+    return chosen
+
+
+def held_out(
+    images: Images | None, most: int | None = None, camera: Camera | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Noisy and true views (N, 1, H, W) of `images`, `most` or fewer: 0.45 electrons per pixel. None: photographs.
 
     The noise is the same each time.
     """
     generator = torch.Generator().manual_seed(7)
-    if recipe.task == "photographs":
+    if images is None:
         return photographs.held_out(generator)
-    views = chosen_images(recipe.validate, recipe).central_views(512)[::2]
+    views = images.central_views(512)[::2]
     views = views[:: -(-len(views) // (most or len(views)))]
-    return [(expose(v, torch.full((len(v),), PAPER_DOSE), generator), PAPER_DOSE * v) for v in views.split(4)]
+    camera, pairs = camera or Camera(), []
+    for true in views.split(4):
+        noisy = expose(true, torch.full((len(true),), PAPER_DOSE), generator, camera)
+        pairs.append((camera.electrons(noisy), PAPER_DOSE * true))
+    return pairs
 
 
 @torch.no_grad()
@@ -182,16 +205,12 @@ def check_losses(losses: list[Tensor], rates: list[float], step: int) -> None:
         )
 
 
-def provenance(images: Any) -> dict[str, Any]:
-    """What trains, and what it trains on: commit, date, how many images, of which specimens."""
+def provenance(images: Any, validation: Any) -> dict[str, Any]:
+    """What trains, and what it trains and validates on: commit, date, how many images, of which specimens."""
     stamp = report.stamp("fit", ())
-    found: dict[str, Any] = {"commit": stamp["commit"], "date": stamp["date"], "images": len(images.images)}
-    parameters = getattr(images, "parameters", ())
-    if parameters:
-        seeds = [one["seed"] for one in parameters]
-        materials = {one.get("material", EARLIER_SETTINGS["material"]) for one in parameters}
-        found |= {"seeds": [min(seeds), max(seeds)], "materials": sorted(materials)}
-    return found
+    found = {"commit": stamp["commit"], "date": stamp["date"], "images": len(images.images)}
+    found |= range_of(specimens(getattr(images, "parameters", ())))
+    return found | {"validated_on": range_of(specimens(getattr(validation, "parameters", ())))}
 
 
 def clock_s(device: torch.device) -> float:
@@ -222,12 +241,18 @@ def fit(recipe: Recipe, out: Path) -> Network:
     network = recipe.build()
     state = load_state(out, recipe, network)
     network.to(device, memory_format=torch.channels_last)
-    teacher = load_teacher(recipe).to(device) if recipe.distill_from else None
+    teacher, taught_by = load_teacher(recipe) if recipe.distill_from else (None, {})
     images = training_images(recipe, device)
-    pairs = held_out(recipe, CPU_VALIDATION_VIEWS if device.type == "cpu" else None) if first else []
-    made = provenance(images)
+    validation = validation_images(recipe, images) if first else None
+    few, camera = CPU_VALIDATION_VIEWS if device.type == "cpu" else None, Camera(**recipe.camera or {})
+    pairs = held_out(validation, few, camera) if first else []
+    made = provenance(images, validation)
     if recipe.start_from:
-        made["began_from"] = load_start(recipe, network)
+        # Read once: it may have moved since, or be another.
+        made["began_from"] = state.get("training", {}).get("began_from") or load_start(recipe, network)
+    if teacher is not None:
+        teacher.to(device)
+        made["taught_by"] = taught_by
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     step, spent_s, best = state.get("step", 0), state.get("spent_s", 0.0), state.get("best", -math.inf)
@@ -265,7 +290,7 @@ def fit(recipe: Recipe, out: Path) -> Network:
         save(
             out / "checkpoint.pt", recipe, network=network.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, spent_s=spent_s,
-            validation_due=validation_due,
+            validation_due=validation_due, hardware=hardware(device, processes), training=made,
         )  # fmt: skip
 
     def validate() -> float:
@@ -372,7 +397,9 @@ def main() -> None:
         recipe = replace(recipe, hours=arguments.hours, steps=arguments.steps)
     if arguments.no_compile:
         recipe = replace(recipe, compile=False)
-    fit(recipe, arguments.out)
+    first = int(os.environ.get("RANK", 0)) == 0
+    with alone_in(arguments.out) if first else nullcontext():
+        fit(recipe, arguments.out)
 
 
 if __name__ == "__main__":

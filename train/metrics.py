@@ -29,7 +29,8 @@ class Spread:
         return cls(float(array.mean()), float(array.std()), len(array))
 
     def text(self, digits: int) -> str:
-        return f"{self.mean:.{digits}f} +- {self.sd:.{digits}f}"
+        """Mean +- standard deviation; of one image, which has no spread, itself."""
+        return f"{self.mean:.{digits}f}" + (f" +- {self.sd:.{digits}f}" if self.images > 1 else "")
 
 
 def psnr_db(estimate: np.ndarray, truth: np.ndarray) -> float:

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from emstream.inference import EngineCard
 from train import recipe
+from train.dataset import refuse_known, specimens
 from train.models import macs_per_pixel, parameters
-from train.shards import EARLIER_SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Trained:
     card_psnr_db: float | None = None
     """On the test images of an engine's card."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Commit and date, number of images, first and last seed and materials of the specimens, and the same of the
-    weights it began from; empty if not known."""
+    """Commit and date, number of images, first and last seed and materials of the specimens, those of the validation
+    images, and the same of the weights it began from and of its teacher; empty if not known."""
 
     @property
     def rank_db(self) -> float:
@@ -55,19 +55,19 @@ class Trained:
         return next((psnr_db for psnr_db in known if psnr_db is not None), -np.inf)
 
     def refuse_seen(self, parameters: Iterable[Mapping[str, Any]]) -> None:
-        """Raise ValueError if a test image with one of the `parameters` shows a specimen it was trained on."""
-        parameters, training = list(parameters), self.training
-        while training:
-            first, last = training.get("seeds", (0, -1))
-            materials = training.get("materials", ())
-            for one in parameters:
-                material = one.get("material", EARLIER_SETTINGS["material"])
-                if material in materials and first <= one["seed"] <= last:
-                    raise ValueError(
-                        f"{self.path} was trained on specimens {first}-{last} of {material}, and the test images show "
-                        f"specimen {one['seed']}: test on others, made by train.simulate with another --first-seed"
-                    )
-            training = training.get("began_from")
+        """Raise ValueError if a test image with one of the `parameters` shows a specimen that made the network.
+
+        It was trained on it, or chosen by it, or its teacher was, or the weights that it began from.
+        """
+        if self.recipe.get("task") == "photographs":
+            raise ValueError(
+                f"{self.path} was trained on photographs: score it with train.photographs or train.tables"
+            )
+        tests, every = specimens(parameters), [self.training]
+        for training in every:
+            refuse_known(f"{self.path} was trained on", training, tests)
+            refuse_known(f"{self.path} was validated on", training.get("validated_on", {}), tests)
+            every += [training[key] for key in ("began_from", "taught_by") if key in training]
 
     def __call__(self, counts: Tensor) -> Tensor:
         """Run on counts of any H and W."""

@@ -71,6 +71,10 @@ class Camera:
                 "for an integrating one say counting=False"
             )
 
+    def electrons(self, adu: Tensor) -> Tensor:
+        """What a network is given: frames in electrons, hot and dead pixels and all."""
+        return (adu - self.offset) / self.gain
+
 
 def draw_doses(
     count: int, generator: torch.Generator, dose_range: tuple[float, float] = DOSE_RANGE

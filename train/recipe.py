@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import torch
 
 from train.models import Network, build
+from train.noise import Camera
 
 CHOICES = {
     "task": ("tem", "photographs"),
@@ -48,6 +49,9 @@ class Recipe:
     """Train on the images of one group, as train.evaluate groups them: { shape = "PtNp1" }."""
     doses: str = "range"
     """As train.noise draws them, or the paper's 0.45 electrons per pixel alone."""
+    camera: dict | None = None
+    """What the camera adds to shot noise, by the fields of train.noise.Camera: { mtf_nyquist = 0.5 }. The network is
+    given electrons all the same: offset and gain are taken off again."""
     noise_sigma: list | None = None
     """Photographs: lowest and highest standard deviation of the noise [grey levels of 255]."""
     hours: float | None = None
@@ -96,13 +100,23 @@ class Recipe:
                 or not 0 <= sigmas[0] < sigmas[1]
             ):
                 raise RecipeError(f"photographs need noise_sigma = [lowest, highest], got {self.noise_sigma}")
-            if (self.loss, self.doses, self.train, self.validate, self.only) != ("mse", "range", *[None] * 3):
-                raise RecipeError("photographs have no doses, no train, validate or only, and the loss mse")
+            given = self.loss, self.doses, self.train, self.validate, self.only, self.camera
+            if given != ("mse", "range", *[None] * 4):
+                raise RecipeError(
+                    "photographs have no doses, no train, validate, only or camera, and the loss mse"
+                )
         else:
             if missing := [key for key in ("train", "validate") if getattr(self, key) is None]:
                 raise RecipeError(f"missing key {', '.join(missing)}")
             if self.only is not None and len(self.only) != 1:
                 raise RecipeError(f'only takes one group, like {{ shape = "PtNp1" }}, got {self.only}')
+            known = [field.name for field in fields(Camera)]
+            if unknown := sorted(set(self.camera or {}) - set(known)):
+                raise RecipeError(f"camera has no {', '.join(unknown)}; it takes {', '.join(known)}")
+            try:
+                Camera(**self.camera or {})
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"camera = {self.camera}: {error}") from None
             if self.noise_sigma is not None:
                 raise RecipeError("noise_sigma is for photographs; TEM frames have Poisson noise")
 
@@ -199,12 +213,12 @@ def load_start(recipe: Recipe, network: Network) -> dict[str, Any]:
     return {"steps": state["step"], "spent_s": state["spent_s"], **state.get("training", {})}
 
 
-def load_teacher(recipe: Recipe) -> Network:
-    """The network to learn from beside the truth."""
-    theirs, teacher, _ = load(Path(recipe.distill_from or ""))
+def load_teacher(recipe: Recipe) -> tuple[Network, dict[str, Any]]:
+    """The network to learn from beside the truth, and how it came to be."""
+    theirs, teacher, state = load(Path(recipe.distill_from or ""))
     if theirs.task != recipe.task or recipe.crop_px % teacher.multiple_px:
         raise RecipeError(
             f"{recipe.distill_from} cannot teach here: it is for {theirs.task} in multiples of "
             f"{teacher.multiple_px} px, the recipe for {recipe.task} in crops of {recipe.crop_px} px"
         )
-    return teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False), state.get("training", {})

@@ -33,6 +33,7 @@ from typing import Any
 from tqdm import tqdm
 
 from train.command import explained, writable_folder
+from train.recipe import Recipe
 
 HERE = Path(__file__).parent
 TEM_ROWS = (
@@ -40,6 +41,7 @@ TEM_ROWS = (
 )  # fmt: skip
 PHOTOGRAPH_ROWS = ("photographs-two", "photographs-four", "photographs-six")
 EXPLAINED = "wide64"
+DOSE_ROWS, DOSES = ("durr", "unet32", EXPLAINED), (0.1, 0.2, 0.45, 1, 3, 10)  # electrons per pixel
 # Rows of each generalisation matrix, which UNet-32 is trained for.
 GROUPS = {"shape": ("PtNp1", "PtNp2", "PtNp3", "PtNp4"), "contrast": ("black", "white")}
 
@@ -188,6 +190,12 @@ def steps(out: Path, scale: Scale) -> Iterator[Step]:
         "--surface", "--speed", "--out", out / "evaluation", output=out / "evaluation" / "evaluate.md",
         needs=(simulated["test"], tuning, *tem),
     )  # fmt: skip
+    few = tuple(rows[row] for row in DOSE_ROWS)
+    yield step(
+        "doses", "evaluate", *(row.output for row in few), data / "test", "--every", scale.every,
+        "--doses", *DOSES, "--out", out / "doses", output=out / "doses" / "evaluate.md",
+        needs=(simulated["test"], *few),
+    )  # fmt: skip
     one = rows[EXPLAINED]
     yield step(
         "explain", "explain", one.output, data / "test", "--out", out / "explained",
@@ -210,6 +218,7 @@ def recipe(row: str, out: Path, scale: Scale, only: dict[str, str] | None = None
     path = out / "recipes" / f"{row}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+    Recipe.read(path)  # what is wrong is told now, and not after hours
     return path
 
 

@@ -43,7 +43,7 @@ from distributed import Client, LocalCluster, as_completed
 from tqdm import tqdm
 
 from train import shards
-from train.command import explained, writable_file, writable_folder
+from train.command import alone_in, explained, writable_file
 from train.imaging import GRID_PX, contrast_class, exit_wave, image, in_pixels, random_optics, use_device
 from train.shards import Shard, ShardError
 from train.structures import DEFECT_SETS, MATERIALS, check_atoms, material, projected_columns
@@ -315,7 +315,8 @@ def main() -> None:
             writable_file(arguments.preview)
             preview(arguments.preview, arguments.directory, seeds, plan, arguments.device)
         else:
-            run(arguments, seeds, plan)
+            with alone_in(arguments.directory):
+                run(arguments, seeds, plan)
     except KeyboardInterrupt:
         sys.exit("interrupted: the shards written so far are whole; the same command goes on")
 
@@ -323,7 +324,6 @@ def main() -> None:
 def run(arguments: argparse.Namespace, seeds: range, plan: Plan) -> None:
     """Simulate what the command line asks for and the directory lacks."""
     directory: Path = arguments.directory
-    writable_folder(directory)
     logging.basicConfig(
         filename=directory / "simulate.log", level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
     )

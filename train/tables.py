@@ -36,7 +36,7 @@ from tqdm import tqdm
 from bench import report
 from train import baselines, networks, photographs, plots
 from train.command import explained, writable_folder
-from train.dataset import Images, group_of
+from train.dataset import Images, group_of, specimens
 from train.evaluate import (
     NOISE_SEED,
     TITLES,
@@ -128,17 +128,17 @@ def budget(trained: Trained | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def blur(tuned: Path | None) -> tuple[str, Denoiser]:
+def blur(tuned: Sequence[baselines.Tuned] = ()) -> tuple[str, Denoiser]:
     """A Gaussian blur and its name, as wide as `tuned` says for 0.45 electrons per pixel."""
     width_px = BLUR_PX
-    for one in baselines.read(tuned) if tuned else ():
+    for one in tuned:
         if (one.baseline, one.dose) == ("gaussian", PAPER_DOSE):
             width_px = one.parameters["width_px"]
     return f"Gaussian blur, {width_px:g} px", partial(baselines.gaussian, width_px=width_px)
 
 
 def table_a(
-    trained: Sequence[Trained], images: Images, every: int = 1, tuned: Path | None = None
+    trained: Sequence[Trained], images: Images, every: int = 1, tuned: Sequence[baselines.Tuned] = ()
 ) -> list[dict[str, Any]]:
     """Table (a): a blur and one entry per row, ours None where nothing was trained."""
     model, denoise = blur(tuned)
@@ -324,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = Images(arguments.test)
     for key, *_ in arguments.generalisation:
         group_of(images.parameters[0], key)
+    tuned = baselines.read(arguments.baselines, specimens(images.parameters)) if arguments.baselines else ()
     trained = [networks.load(path, arguments.device) for path in find(arguments.folders)]
     trained = [one for one in trained if not one.recipe.get("only")]
     members = {
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     first, second = [], []
     if trained or not arguments.generalisation:
-        first = table_a(trained, images, arguments.every, arguments.baselines)
+        first = table_a(trained, images, arguments.every, tuned)
         second = table_b(trained)
     matrices = {
         key: generalisation({name: one.denoise for name, one in named.items()}, images, key, arguments.every)

@@ -27,7 +27,7 @@ from train import (
     simulate,
     tables,
 )
-from train.command import explained, writable_file, writable_folder
+from train.command import alone_in, explained, writable_file, writable_folder
 from train.shards import Shard
 
 ROOT = Path(__file__).parents[2]
@@ -168,3 +168,19 @@ def test_the_tour_names_every_module() -> None:
     named = train.__doc__ or ""
     modules = [path.name for path in (ROOT / "train").glob("*.py") if path.name != "__init__.py"]
     assert not [name for name in modules if name not in named]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"), [(fit.main, ["recipe.toml", "out"]), (simulate.main, ["out"])]
+)
+def test_two_processes_do_not_write_to_one_folder(
+    main: Callable[[], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with (
+        alone_in(Path("out")),
+        pytest.raises(SystemExit, match="error: another process is writing to out: wait"),
+    ):
+        main()
+    with alone_in(Path("out")):  # it is free again
+        pass

@@ -18,7 +18,7 @@ pytest.importorskip("psutil", reason="the laboratory needs: pip install 'emstrea
 from scipy.ndimage import gaussian_filter
 
 from tests.train.toy import SIZE_PX, SPACING_PX, ToyColumns, ToyImages, draw, toy_columns
-from train import evaluate, networks, plots, surface, tables
+from train import baselines, evaluate, networks, plots, surface, tables
 from train.dataset import group_of
 from train.evaluate import grouped, measure_ms
 from train.metrics import Spread, psnr_db, psnr_ssim
@@ -54,6 +54,11 @@ def test_images_fall_into_groups_like_the_papers_settings(key: str, group: float
 def test_images_that_do_not_know_a_parameter_say_so() -> None:
     with pytest.raises(ValueError, match=r"do not know their contrast, only defect; simulate them again"):
         group_of({"defect": "D0"}, "contrast")
+
+
+def test_one_image_has_no_spread() -> None:
+    assert Spread.of([31.234]).text(2) == "31.23"
+    assert Spread.of([30.0, 31.0]).text(2) == "30.50 +- 0.50"
 
 
 def test_a_group_holds_the_spread_of_its_images() -> None:
@@ -296,6 +301,22 @@ def test_baselines_tuned_at_other_doses_are_refused(tmp_path: Path) -> None:
         evaluate.main(["blur.onnx", "toy", "--baselines", str(tuned)])
 
 
+@pytest.mark.parametrize("command", ["tables", "evaluate"])
+def test_baselines_tuned_on_the_test_images_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for module in (tables, evaluate):
+        monkeypatch.setattr(module, "Images", ToyImages)
+    path = tmp_path / "tuned.json"
+    narrow = replace(baselines.BASELINES["gaussian"], grid={"width_px": (5.0,)})
+    path.write_text(json.dumps([vars(baselines.tune(narrow, ToyImages(), DOSE, views=1, size_px=96))]))
+    arguments = ["engine.onnx", "toy"] if command == "evaluate" else ["--test", "toy", "--out", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=r"tuned\.json was tuned on specimens 0-3 of pt_ceo2, .* show specimen 0"
+    ):
+        {"tables": tables, "evaluate": evaluate}[command].main([*arguments, "--baselines", str(path)])
+
+
 def overlapping(texts: list[Any]) -> list[tuple[str, str]]:
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
     return [(a, b) for n, (a, one) in enumerate(boxes) for b, other in boxes[:n] if one.overlaps(other)]
@@ -498,7 +519,7 @@ def test_the_blur_is_as_wide_as_it_was_tuned(tmp_path: Path) -> None:
     tuned = tmp_path / "tuned.json"
     choice = {"baseline": "gaussian", "dose": 0.45, "parameters": {"width_px": 5.5}, "psnr_db": 30.0}
     tuned.write_text(json.dumps([choice | {"views": 1, "at_edge": []}]))
-    assert tables.blur(tuned)[0] == "Gaussian blur, 5.5 px"
+    assert tables.blur(baselines.read(tuned))[0] == "Gaussian blur, 5.5 px"
 
 
 @pytest.mark.usefixtures("toy_tables")
@@ -551,6 +572,48 @@ def test_specimens_of_the_weights_it_began_from_count_as_seen(tmp_path: Path) ->
     for seed in (3, 13):
         with pytest.raises(ValueError, match=f"shows? specimen {seed}"):
             network.refuse_seen(iter([{"seed": 20}, {"seed": seed}]))
+
+
+def test_specimens_that_chose_or_taught_the_network_count_as_seen(tmp_path: Path) -> None:
+    validated = {"seeds": [30, 31], "materials": ["pt_ceo2"]}
+    teacher = {"seeds": [40, 41], "materials": ["pt_ceo2"]}
+    network = networks.load(
+        best(tmp_path / "run", training={"validated_on": validated, "taught_by": teacher})
+    )
+    with pytest.raises(ValueError, match=r"was validated on specimens 30-31 .* show specimen 30"):
+        network.refuse_seen([{"seed": 30}])
+    with pytest.raises(ValueError, match=r"was trained on specimens 40-41 .* show specimen 41"):
+        network.refuse_seen([{"seed": 41}])
+
+
+def test_networks_of_photographs_are_not_scored_on_electrons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "Images", ToyImages)
+    made = Recipe(
+        network="UNet", base=4, scales=2, task="photographs", noise_sigma=[0, 100], steps=1, batch=1, crop_px=64,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    path = tmp_path / "best.pt"
+    save(path, made, network=made.build().state_dict())
+    with pytest.raises(SystemExit, match=r"best\.pt was trained on photographs: score it with"):
+        evaluate.main([str(path), "toy"])
+
+
+@pytest.mark.usefixtures("toy")
+def test_networks_of_one_name_are_all_scored(tmp_path: Path) -> None:
+    names = ["a/blur.onnx", "b/blur.onnx", "gaussian.onnx"]
+    evaluate.main([*names, "toy", "--every", "9", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "evaluate.json").read_text())
+    assert [entry["denoiser"] for entry in results["scores"]] == [
+        "noisy", "a/blur.onnx", "b/blur.onnx", "gaussian.onnx",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_same_network_twice_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"error: blur\.onnx is named twice"):
+        evaluate.main(["blur.onnx", "blur.onnx", "toy"])
 
 
 @pytest.mark.usefixtures("toy")

@@ -43,6 +43,14 @@ PHOTOGRAPHS: dict[str, Any] = {
 }
 
 
+class Specimens(Discs):
+    """Of the seeds that the directory is named after."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.parameters = [{"seed": int(seed), "material": "pt_ceo2"} for seed in str(directory).split()]
+
+
 def tiny(**change: Any) -> Recipe:
     return Recipe(**{**TINY, **change})
 
@@ -167,7 +175,7 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
     assert (read, state["step"], row["step"]) == (recipe, 80, "80")
     assert tuple(row) == COLUMNS
     assert float(row["validation_psnr_db"]) == state["validation_psnr_db"]
-    pairs = [pair for batch in fit.held_out(recipe) for pair in zip(*batch, strict=True)]
+    pairs = [pair for batch in fit.held_out(Discs(Path())) for pair in zip(*batch, strict=True)]
     noisy = sum(psnr_db(counts.numpy(), truth.numpy()) for counts, truth in pairs) / len(pairs)
     assert state["validation_psnr_db"] > noisy + 10
     assert network.bias_free
@@ -361,21 +369,36 @@ def test_a_kill_while_validating_does_not_lose_the_validation(
 
 def test_a_cpu_validates_on_a_few_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Discs, "central_views", lambda self, size_px: self.images.expand(90, 1, 128, 128))
-    assert sum(len(noisy) for noisy, _ in fit.held_out(tiny())) == 45
-    assert sum(len(noisy) for noisy, _ in fit.held_out(tiny(), 16)) == 15
+    assert sum(len(noisy) for noisy, _ in fit.held_out(Discs(Path()))) == 45
+    assert sum(len(noisy) for noisy, _ in fit.held_out(Discs(Path()), 16)) == 15
 
 
 def test_the_best_network_knows_what_it_was_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameters = [{"seed": seed, "material": "pt_ceo2"} for seed in (12, 7, 9)]
-    monkeypatch.setattr(Discs, "parameters", parameters, raising=False)
-    fit.fit(tiny(steps=1), tmp_path)
+    monkeypatch.setattr(fit, "Images", Specimens)
+    fit.fit(tiny(train="12 7 9", validate="100 103", steps=1), tmp_path)
     training = load(tmp_path / "best.pt")[2]["training"]
     assert (training["seeds"], training["materials"]) == ([7, 12], ["pt_ceo2"])
+    assert training["validated_on"] == {"seeds": [100, 103], "materials": ["pt_ceo2"]}
     assert training["images"] == 128
     assert training["date"].startswith("20")
     assert "commit" in training
+    assert load(tmp_path / "checkpoint.pt")[2]["training"] == training
+
+
+def test_training_images_do_not_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "Images", Specimens)
+    with pytest.raises(RecipeError, match=r"train = 1 2 and validate = 2 3 both show specimen 2 of pt_ceo2"):
+        fit.fit(tiny(train="1 2", validate="2 3"), tmp_path)
+
+
+def test_a_student_knows_what_its_teacher_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "Images", Specimens)
+    fit.fit(tiny(train="1 2", validate="3", steps=1), tmp_path / "teacher")
+    taught = tiny(train="5 6", validate="7", distill_from=str(tmp_path / "teacher/best.pt"), steps=1)
+    fit.fit(taught, tmp_path / "student")
+    assert load(tmp_path / "student/best.pt")[2]["training"]["taught_by"]["seeds"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -475,6 +498,35 @@ def test_every_loss_trains(tmp_path: Path, name: str) -> None:
     assert float(rows(tmp_path)[0]["loss"]) > 0
 
 
+def test_a_recipes_camera_makes_the_frames_in_electrons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera = {
+        "counting": False,
+        "mtf_nyquist": 0.5,
+        "gain": 30.0,
+        "offset": 100.0,
+        "dead_pixel_fraction": 0.01,
+    }
+    made = tiny(camera=camera, crop_px=128, doses="paper", batch=8)
+    images = Discs(Path())
+    counts, truth, _ = fit.draw_batch(images, made, torch.Generator().manual_seed(0))
+    ideal = fit.draw_batch(images, replace(made, camera=None), torch.Generator().manual_seed(0))[0]
+    vacuum = truth == 1
+    assert counts.mean() == pytest.approx(0.99 * ideal.mean().item(), rel=0.02)
+    assert counts[vacuum].var() < 0.7 * ideal[vacuum].var()  # charge is shared by neighbours
+    assert not torch.equal(counts, counts.round())
+    ((noisy, _),) = fit.held_out(images, camera=fit.Camera(**camera))
+    assert not torch.equal(noisy, noisy.round())
+    assert noisy.mean() == pytest.approx(0.99 * fit.held_out(images)[0][0].mean().item(), rel=0.03)
+    path = write(tmp_path / "recipe.toml", **TINY, camera={"mtf": 0.5})
+    with pytest.raises(RecipeError, match=r"recipe\.toml: camera has no mtf; it takes counting, mtf_nyquist"):
+        Recipe.read(path)
+    write(path, **TINY, camera={"gain": -2.0})
+    with pytest.raises(RecipeError, match=r"gain must be positive, got -2.0 ADU per electron"):
+        Recipe.read(path)
+
+
 def test_starts_from_the_weights_of_another_run(tmp_path: Path) -> None:
     first = fit.fit(tiny(steps=3), tmp_path / "first")
     on = tiny(steps=1, learning_rate=1e-30, start_from=str(tmp_path / "first/best.pt"))
@@ -484,8 +536,10 @@ def test_starts_from_the_weights_of_another_run(tmp_path: Path) -> None:
     assert not same(second, first)
     began = load(tmp_path / "second/best.pt")[2]["training"]["began_from"]
     assert began["steps"] == 3
+    (tmp_path / "first/best.pt").unlink()  # needed once alone
     fit.fit(replace(on, steps=2), tmp_path / "second")  # resumes
     assert same(load(tmp_path / "second/best.pt")[1], ema)
+    assert load(tmp_path / "second/best.pt")[2]["training"]["began_from"] == began
 
 
 def test_start_from_another_network_is_refused(tmp_path: Path) -> None:

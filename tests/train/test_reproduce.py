@@ -104,6 +104,26 @@ def test_nothing_and_less_are_refused(
     assert f"{option} must be positive, got 0" in capsys.readouterr().err
 
 
+def test_crops_that_a_network_cannot_take_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"unet32-six\.toml: crop_px must be a multiple of 64, got 160"):
+        call(monkeypatch, tmp_path, "--crop-px", "160")
+    assert ran == []
+
+
+def test_the_chain_scores_other_doses_than_the_papers(tmp_path: Path) -> None:
+    command = chain(tmp_path)["doses"].command
+    assert command[command.index("--doses") + 1 : command.index("--out")] == [
+        "0.1",
+        "0.2",
+        "0.45",
+        "1",
+        "3",
+        "10",
+    ]
+
+
 def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
     call(monkeypatch, tmp_path)
     assert ran == list(chain(tmp_path))
@@ -119,7 +139,7 @@ def test_other_minutes_train_again_in_fresh_folders_and_score_again(
     ran.clear()
     call(monkeypatch, tmp_path, "--minutes", "2")
     rows = [f"fit-{row}" for row in (*TEM_ROWS, *reproduce.PHOTOGRAPH_ROWS)]
-    assert ran == [*rows, "tables", "evaluate", "explain"]
+    assert ran == [*rows, "tables", "evaluate", "doses", "explain"]
     assert (tmp_path / "earlier/wide64-1/best.pt").exists()
     assert not (tmp_path / "earlier/PtNp1-1").exists()
 
@@ -139,7 +159,7 @@ def test_a_changed_recipe_trains_that_row_again(
 
     monkeypatch.setattr(reproduce, "recipe", changed)
     call(monkeypatch, tmp_path)
-    assert ran == ["fit-durr", "tables", "evaluate"]
+    assert ran == ["fit-durr", "tables", "evaluate", "doses"]
 
 
 def test_a_missing_output_is_made_again_and_what_needs_it(

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the laboratory needs: pip install 'emstream[train]'")
 pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream[train]'")
 
+from train import shards
 from train.dataset import Images
 from train.evaluate import evaluate, psnr_ssim
 from train.metrics import psnr_db
@@ -84,6 +85,13 @@ def test_random_views_differ_and_repeat_with_the_generator(simulated: Path) -> N
     assert not torch.equal(first[0], first[1])
 
 
+def test_crops_that_leave_the_image_are_refused(simulated: Path) -> None:
+    images, generator = Images(simulated), torch.Generator().manual_seed(0)
+    images.random_views(1, 512, generator)
+    with pytest.raises(ValueError, match=r"crops of 640 px do not fit .* crop_px can be 516 at most"):
+        images.random_views(1, 640, generator)
+
+
 def test_doses_cover_the_range_and_favour_the_papers() -> None:
     doses = draw_doses(4000, torch.Generator().manual_seed(0))
     assert doses.min() >= DOSE_RANGE[0] * 0.99
@@ -112,7 +120,11 @@ def test_evaluation_prefers_the_truth() -> None:
 
 
 def test_command_trains_on_simulated_images(simulated: Path, tmp_path: Path) -> None:
-    values = tomllib.loads(RECIPE.read_text()) | {"train": str(simulated), "validate": str(simulated)}
+    others = shards.read(next(simulated.glob("shard-*.h5")))
+    others.parameters = [text.replace('"seed": ', '"seed": 10') for text in others.parameters]
+    (tmp_path / "val").mkdir()
+    shards.write(tmp_path / "val" / "shard-000105.h5", others)
+    values = tomllib.loads(RECIPE.read_text()) | {"train": str(simulated), "validate": str(tmp_path / "val")}
     values |= {"batch": 1, "crop_px": 64, "base": 4}
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))

@@ -53,7 +53,7 @@ class ToyImages:
     def __init__(self, directory: Path | None = None, count: int = 4) -> None:
         self.parameters: list[dict[str, Any]] = [
             {
-                "shape": f"PtNp{1 + n % 2}", "defect": "D0", "thickness_nm": 3.0 + n, "tilt_x_deg": 3.0,
+                "seed": n, "shape": f"PtNp{1 + n % 2}", "defect": "D0", "thickness_nm": 3.0 + n, "tilt_x_deg": 3.0,
                 "tilt_y_deg": 4.0, "defocus_nm": 2.0 + 5 * n, "contrast": "black",
             }
             for n in range(count)
