@@ -223,6 +223,7 @@ def main() -> None:
         sampling_pm=100 * SAMPLING_A,
         psnr_db=0.0,  # not yet scored
         ssim=0.0,
+        training=training,
         spectra=spectra(arguments.spectra or Path(recipe.train or "")),
         trained=(
             f"{arguments.data or recipe.train}; {state['step']} steps of {recipe.batch} crops of "

@@ -131,5 +131,5 @@ def _load_program(path: Path) -> Trained:
         name=card.name, path=path, network=network, multiple_px=card.multiple_px, parameters=card.parameters,
         bias_free=card.bias_free, macs_per_pixel=counter.get_total_flops() // 2 // side**2,
         field_of_view_px=card.field_of_view_px, trained=card.trained,
-        card_psnr_db=card.psnr_db,
+        card_psnr_db=card.psnr_db, training=card.training or {},
     )  # fmt: skip

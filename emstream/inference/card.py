@@ -33,6 +33,8 @@ class EngineCard:
     trained: str
     """Data, schedule and time, in a sentence."""
     commit: str
+    training: dict[str, Any] | None = None
+    """Specimens it was trained and validated on, commit and date, and the same of weights it began from."""
     spectra: KnownSpectra | None = None
     """Of its training images; None in the cards of earlier engines."""
 

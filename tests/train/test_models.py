@@ -14,6 +14,8 @@ pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream
 
 from emstream import load_engine
 from emstream.inference import EngineCard
+from emstream.trust import BAND_EDGES, KnownSpectra
+from train import networks
 from train.export import fold_norms, model_card, write_onnx, write_pt2
 from train.models import BiasFreeBatchNorm, Network, UNet, build, macs_per_pixel, parameters
 from train.models.unet import DoubleConv
@@ -158,6 +160,8 @@ def test_exported_engines_compute_what_the_network_does(
         name="small", architecture=network.description, parameters=parameters(network),
         field_of_view_px=network.field_of_view_px, multiple_px=network.multiple_px, bias_free=network.bias_free,
         dose_range=(0.1, 10.0), sampling_pm=6.2, psnr_db=0.0, ssim=0.0, trained="not", commit="none",
+        training={"seeds": [0, 9], "materials": ["pt_ceo2"]},
+        spectra=KnownSpectra.of(np.random.default_rng(0).uniform(0.1, 9, (200, len(BAND_EDGES) - 1))),
     )  # fmt: skip
     fold_norms(network)
     write_onnx(network, tmp_path / "small.onnx", card)
@@ -172,6 +176,9 @@ def test_exported_engines_compute_what_the_network_does(
         assert engine.card == card
         # Weights are rounded to half precision, to within 1e-3 each.
         assert np.linalg.norm(engine.denoise(counts) - truth) < 5e-3 * np.linalg.norm(truth)
+    for file in ("small.onnx", "small.pt2"):
+        with pytest.raises(ValueError, match=r"was trained on .* specimen 3"):
+            networks.load(tmp_path / file).refuse_seen([{"seed": 3}])
 
 
 def test_the_card_for_people_has_the_defocus_of_the_test_images() -> None:
