@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from emstream.endpoint import Door, last_endpoint, reachable
 from emstream.errors import SourceError
@@ -59,6 +60,7 @@ class Connection:
         self.socket = (context or zmq.Context.instance()).socket(kind)
         self.socket.rcvhwm = QUEUE_FRAMES
         self.socket.linger = 0
+        self.socket.ipv6 = "[" in endpoint  # not always: a name would then stand for its first address alone
         self.socket.maxmsgsize = max_message_bytes
         # A camera that loses power says nothing; only TCP notices.
         self.socket.tcp_keepalive = 1
@@ -88,7 +90,7 @@ class Connection:
             raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
         self.endpoint = last_endpoint(self.socket)
         self._connects = not bind
-        self._disconnections = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._news = self.socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
 
     def run(self, receive: Callable[[Intake], None], intake: Intake, stop: threading.Event) -> None:
         """Call `receive`, which takes one message off the socket or raises zmq.Again, until `stop`."""
@@ -107,7 +109,7 @@ class Connection:
                 receive(intake)
         finally:
             self.socket.disable_monitor()
-            self._disconnections.close(linger=0)
+            self._news.close(linger=0)
             self.socket.close()
 
     def more(self) -> bool:
@@ -124,17 +126,19 @@ class Connection:
 
     def _notice_disconnection(self, intake: Intake) -> None:
         """Connect again: ZeroMQ does so by itself, but not after a message above its limit."""
-        if not self._disconnections.poll(0):
+        events = []
+        while self._news.poll(0):
+            events.append(recv_monitor_message(self._news)["event"])
+        if zmq.EVENT_DISCONNECTED not in events:
             return
-        while self._disconnections.poll(0):
-            self._disconnections.recv_multipart()
         log.warning(
             "%s disconnected: the camera went away, or sent a message far above the largest frame of %g MiB; "
             "waiting for it",
             self.endpoint,
             intake.max_frame_bytes / 1024**2,
         )
-        if self._connects:
+        # What came back while the queue was being emptied may be in the middle of a message.
+        if self._connects and events[-1] == zmq.EVENT_DISCONNECTED:
             with contextlib.suppress(zmq.ZMQError):  # already forgotten by ZeroMQ
                 self.socket.disconnect(self.endpoint)
             self.socket.connect(self.endpoint)
