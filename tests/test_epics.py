@@ -129,6 +129,27 @@ def test_another_series_begins_where_the_numbers_fall_back() -> None:
     assert desk.marks() == ["start", "frame", "frame", "frame", "end", "start", "frame", "frame"]
 
 
+def test_frame_that_comes_late_stays_in_its_series() -> None:
+    desk = channel().give(*(frame(n, PIXELS) for n in (5, 6, 8, 10, 7, 9, 11)))
+    assert desk.ledger.snapshot()["missing"] == 0
+    assert desk.marks() == ["start", *["frame"] * 7]
+
+
+def test_number_left_out_before_the_connection_was_lost_is_not_late() -> None:
+    desk = channel().give(*(frame(n, PIXELS) for n in (5, 6, 8)))
+    desk.decoder.decode(frame(7, PIXELS), desk.intake, again=True)
+    assert desk.marks() == ["start", "frame", "frame", "frame", "end", "start", "frame"]
+    assert desk.ledger.snapshot()["missing"] == 1
+
+
+def test_picture_that_is_damaged_is_rejected_and_not_missing_too() -> None:
+    other = np.zeros((300, 20), np.uint16)
+    data = bitshuffle.compress_lz4(other).tobytes()[:-9]
+    desk = channel().give(frame(0, PIXELS), compressed(1, other, "bslz4", data), frame(2, PIXELS))
+    ledger = desk.ledger.snapshot()
+    assert (ledger["rejected"], ledger["missing"]) == (1, 0)
+
+
 def test_numbers_go_on_where_32_bits_turn_negative() -> None:
     desk = channel().give(*(frame(n, PIXELS) for n in (2**31 - 1, -(2**31), -(2**31) + 1)))
     assert [head.frame for head, _ in desk.frames()] == [2**31 - 1, 2**31, 2**31 + 1]
