@@ -438,6 +438,12 @@ def test_first_streams_configuration_may_come_in_a_message_of_its_own() -> None:
     assert items[0]["source"] == items[1][0].source == "QUADRO E-02"
 
 
+@pytest.mark.parametrize("frames", [0.2, 1e308, -1, 2**60, "many", None])
+def test_first_streams_length_that_makes_no_sense_is_left_out(frames: Any) -> None:
+    (opening, _) = first_stream(header1(nimages=frames), image1(0, PIXELS)).items()
+    assert "frames" not in opening
+
+
 def test_first_streams_mask_is_applied() -> None:
     mask = np.zeros(SHAPE, np.uint32)
     mask[3, 3] = 1

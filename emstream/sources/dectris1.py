@@ -124,9 +124,9 @@ class Decoder:
         count_s = wire.numbers(config, ["count_time"]).get("count_time", 0)
         self._exposure_s = count_s if count_s > 0 else None
         counts = wire.numbers(config, ["nimages", "ntrigger"])
-        frames = int(counts.get("nimages", 0) * counts.get("ntrigger", 1))
+        frames = counts.get("nimages", 0) * counts.get("ntrigger", 1)
         self._tracker.start(
-            intake, self._source, series, first=0, frames=frames if 0 < frames < _LARGEST_NUMBER else None
+            intake, self._source, series, first=0, frames=int(frames) if 1 <= frames < _LARGEST_NUMBER else None
         )
 
     def _image(self, head: dict[str, Any], parts: list[Any], intake: Intake) -> None:
