@@ -186,6 +186,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "negative sizes": (frame(0, PIXELS, dimension=[{"size": -47}, {"size": -33}]), "positive size"),
     "too many dimensions": (frame(0, PIXELS, dimension=[{"size": 1}] * 11), "at most 10"),
     "not a number": (frame(0, np.full((2, 2), np.nan, np.float32)), "not numbers"),
+    "a codec of numbers": (
+        Value(Type([("value", "aH"), ("uniqueId", "i"), ("dimension", ("aS", None, [("size", "i")])),
+                    ("codec", ("S", None, [("name", "ad")]))]),
+              {"value": PIXELS.reshape(-1), "dimension": [{"size": 47}, {"size": 33}], "codec": {"name": [1.0, 2.0]}}),
+        "codec must be one of",
+    ),
     "a scalar": (Value(Type([("value", "d")]), {"value": 3.5}), "holds no NTNDArray"),
     "a table": (Value(Type([("value", ("S", None, [("a", "ad")])), ("labels", "as")])), "holds no NTNDArray"),
     "texts for pixels": (

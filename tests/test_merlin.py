@@ -90,6 +90,13 @@ def test_header_says_what_the_detector_said() -> None:
     assert head.extra == {"counter": 0}
 
 
+def test_year_that_no_header_can_carry_is_left_out() -> None:
+    data = image(1, PIXELS).replace(b"MQ1A,2026-", b"MQ1A,9999-")
+    ((head, _),) = Line().play(data).frames()
+    assert head.timestamp_ns is None
+    wire.pack(wire.map_of(head))
+
+
 def test_frame_without_the_extended_header_is_a_frame() -> None:
     ((head, _),) = Line().play(image(1, PIXELS, extended=False)).frames()
     assert (head.timestamp_ns, head.exposure_s) == (None, 0.001)

@@ -126,7 +126,11 @@ class Decoder:
         counts = wire.numbers(config, ["nimages", "ntrigger"])
         frames = counts.get("nimages", 0) * counts.get("ntrigger", 1)
         self._tracker.start(
-            intake, self._source, series, first=0, frames=int(frames) if 1 <= frames < _LARGEST_NUMBER else None
+            intake,
+            self._source,
+            series,
+            first=0,
+            frames=int(frames) if 1 <= frames < _LARGEST_NUMBER else None,
         )
 
     def _image(self, head: dict[str, Any], parts: list[Any], intake: Intake) -> None:
