@@ -21,7 +21,7 @@ from emstream.errors import SourceError
 from emstream.intake import Intake, Overrun
 from emstream.ledger import Ledger
 from emstream.ring import Ring
-from emstream.sources import open_source
+from emstream.sources import connection, open_source
 from emstream.sources.connection import Connection
 from emstream.sources.zmq import ZmqSource
 from tests.conftest import exact, message
@@ -121,19 +121,34 @@ def test_cameras_and_displays_may_have_an_address_of_ipv6(context: Any, scheme: 
         camera.close()
 
 
+@pytest.mark.parametrize("url", ["dectris://camera.invalid", "tcp://127.0.0.1:{port}"])
+def test_camera_that_nobody_finds_is_said_once(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "_PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    receiver = Receiver(url.format(port=port))
+    while "nobody answers at tcp://" not in caplog.text:
+        receiver.stop.wait(0.01)
+    receiver.stop.wait(0.5)
+    receiver.end()
+    assert caplog.text.count("nobody answers") == 1
+
+
 def test_camera_that_came_back_before_anybody_looked_is_not_left_again(context: Any, tmp_path: Any) -> None:
     """It might be in the middle of a message."""
     address = f"ipc://{tmp_path}/camera"
     cameras = [context.socket(zmq.PUSH) for _ in range(2)]
     cameras[0].bind(address)
-    connection, stop = (
+    made, stop = (
         Connection(address, kind=zmq.PULL, max_message_bytes=1000, context=context),
         threading.Event(),
     )
     looks, came = threading.Event(), []
 
     def receive(intake: Any) -> None:
-        came.append(connection.socket.recv())
+        came.append(made.socket.recv())
         looks.wait(20)  # as for a free slot
 
     def wait_for(condition: Callable[[], Any]) -> None:
@@ -141,7 +156,7 @@ def test_camera_that_came_back_before_anybody_looked_is_not_left_again(context: 
             stop.wait(0.005)
 
     intake = Intake(Ring(2, 1), Ledger())
-    thread = threading.Thread(target=connection.run, args=(receive, intake, stop))
+    thread = threading.Thread(target=made.run, args=(receive, intake, stop))
     thread.start()
     try:
         cameras[0].send(b"before")
@@ -282,6 +297,7 @@ def test_binding_source_takes_a_camera_that_connects(context: Any, tmp_path: Any
         ("camera:5555", "scheme must be one of tcp"),
         ("http://localhost:80", "scheme must be one of tcp"),
         ("tcp://localhost", "expected tcp://HOST:PORT"),
+        ("tcp://[::1:5555", r"--input 'tcp://\[::1:5555': Invalid IPv6"),
         ("tcp://localhost:99999", "expected tcp://HOST:PORT"),
         ("tcp://localhost:5555?rate=4", "unknown option rate; known: topic, bind"),
         ("tcp://localhost:5555?bind=maybe", "bind must be true or false"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 
 import zmq
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 QUEUE_FRAMES = 64  # kept by ZeroMQ before the ring takes them
 _POLL_MS = 100  # how soon a stop is noticed
+_PATIENCE_S = 3.0  # before it is said that nobody answers
 
 
 def address(url: Url, scheme: str, default_port: int | None = None) -> str:
@@ -90,6 +93,7 @@ class Connection:
             raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
         self.endpoint = last_endpoint(self.socket)
         self._connects = not bind
+        self._say_by_s = math.inf
         self._news = self.socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
 
     def run(self, receive: Callable[[Intake], None], intake: Intake, stop: threading.Event) -> None:
@@ -97,11 +101,12 @@ class Connection:
         try:
             self.socket.rcvtimeo = _POLL_MS
             log.info("waiting for frames from %s", self.endpoint)
+            self._say_by_s = time.monotonic() + _PATIENCE_S if self._connects else math.inf
             while not stop.is_set():
                 try:
                     receive(intake)
                 except zmq.Again:
-                    self._notice_disconnection(intake)
+                    self._hear(intake)
             # What the queue holds by now has been received, too.
             for _ in range(QUEUE_FRAMES):
                 if not self.socket.poll(0):
@@ -124,11 +129,19 @@ class Connection:
             parts += 1
         return parts
 
-    def _notice_disconnection(self, intake: Intake) -> None:
-        """Connect again: ZeroMQ does so by itself, but not after a message above its limit."""
+    def _hear(self, intake: Intake) -> None:
+        """What became of the connection.
+
+        Connect again: ZeroMQ does so by itself, but not after a message above its limit.
+        """
         events = []
         while self._news.poll(0):
             events.append(recv_monitor_message(self._news)["event"])
+        if events:
+            self._say_by_s = math.inf
+        elif time.monotonic() > self._say_by_s:
+            self._say_by_s = math.inf
+            log.warning("nobody answers at %s (is the address right?); waiting for it", self.endpoint)
         if zmq.EVENT_DISCONNECTED not in events:
             return
         log.warning(
