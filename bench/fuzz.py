@@ -177,10 +177,15 @@ def _later(show: Callable[[float, str], None], done: int, name: str, more: int) 
 
 
 def _taken(ring: Ring) -> Iterator[int]:
+    """Sizes of the batches that have come out; what is said of frames and series must fit a message, too."""
     while (item := ring.claim(block=False)) is not None:
         if isinstance(item, Slot):
+            for header in item.headers:
+                wire.pack(wire.map_of(header))
             yield len(item)
             ring.release(item)
+        else:
+            wire.pack(item.message)
 
 
 def _damaged(message: bytes, rng: np.random.Generator) -> bytes:

@@ -187,7 +187,8 @@ def serve(
     input: Annotated[
         str,
         typer.Option(
-            metavar="URL", help="The camera: tcp://, pull+tcp://, dectris://, dectris1://, file://, sim://"
+            metavar="URL",
+            help="The camera: tcp://, pull+tcp://, dectris://, dectris1://, pva://, merlin://, file://, sim://",
         ),
     ],
     engine: EnginePath = None,

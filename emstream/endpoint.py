@@ -38,6 +38,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
         try:
             if door and door.keeper:
                 door.keeper.guard(socket)
+            socket.ipv6 = "[" in endpoint
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             problem = error.strerror
@@ -69,6 +70,7 @@ def connect(socket: zmq.Socket[bytes], endpoint: str, peer: Peer | None = None) 
     try:
         if peer:
             peer.introduce(socket)
+        socket.ipv6 = "[" in endpoint
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close(linger=0)

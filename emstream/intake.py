@@ -140,9 +140,14 @@ class Intake:
         self._ring.cancel()
         self._count_rejected(reason)
 
-    def malformed(self, reason: str) -> None:
-        """A message came that never got as far as an offer."""
+    def malformed(self, reason: str, header: FrameHeader | None = None) -> None:
+        """A message came that never got as far as an offer.
+
+        `header` is that of a frame whose pixels are what is wrong: such a frame is rejected, and not missing, too.
+        """
         self._ledger.receive()
+        if header is not None:
+            self._ledger.number(header.source, header.series, header.frame)
         self._count_rejected(reason)
 
     def skip(self, header: FrameHeader) -> None:
@@ -152,6 +157,10 @@ class Intake:
     def mark(self, message: dict[str, Any]) -> None:
         """A series starts or ends, after all frames offered so far."""
         self._ring.mark(SeriesMark(message))
+
+    def begin(self, source: str, series: int | str, first: int) -> None:
+        """The camera says that a series begins with frame `first`: those before the one that comes are missing."""
+        self._ledger.begin(source, series, first)
 
     def _reserve(self, header: FrameHeader) -> np.ndarray | None:
         self._check(header)

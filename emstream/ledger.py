@@ -74,8 +74,10 @@ def _round(value: float | None) -> float | None:
 class _Numbers:
     """The frame numbers of one series: the last one, and the gaps before it."""
 
-    def __init__(self, last: int) -> None:
+    def __init__(self, last: int, begun: bool = False) -> None:
+        """`begun`: the camera said that the series begins, so that a lower number never means another one."""
         self._last = last
+        self._begun = begun
         self._gaps: deque[tuple[int, int]] = deque(maxlen=_MAX_GAPS)
 
     def note(self, frame: int) -> int:
@@ -88,9 +90,9 @@ class _Numbers:
             return ahead - 1
         if self._close_gap(frame):
             return -1
-        if frame == 0 or abs(ahead) > _REPEAT_WINDOW:
+        if ahead > 0 or (not self._begun and (frame == 0 or -ahead > _REPEAT_WINDOW)):
             self._gaps.clear()
-            self._last = frame
+            self._last, self._begun = frame, False
         return 0
 
     def skip(self, frame: int) -> int:
@@ -163,6 +165,13 @@ class Ledger:
         with self._lock:
             self._missing += self._numbers_of(source, series, frame).note(frame)
 
+    def begin(self, source: str, series: int | str, first: int) -> None:
+        """The camera begins a series, numbered from `first` on: what lies before the first to come is missing, too."""
+        with self._lock:
+            self._numbers.pop((source, series), None)
+            self._numbers[source, series] = _Numbers(first - 1, begun=True)
+            self._forget_old()
+
     def skip(self, source: str, series: int | str, frame: int) -> None:
         """Note a frame that the camera numbered but says it does not send: it is missing."""
         with self._lock:
@@ -170,9 +179,12 @@ class Ledger:
 
     def _numbers_of(self, source: str, series: int | str, frame: int) -> _Numbers:
         numbers = self._numbers.setdefault((source, series), _Numbers(frame - 1))
+        self._forget_old()
+        return numbers
+
+    def _forget_old(self) -> None:
         if len(self._numbers) > _MAX_SERIES:
             del self._numbers[next(iter(self._numbers))]
-        return numbers
 
     @property
     def published(self) -> int:

@@ -188,11 +188,15 @@ class Settings:
 
 
 def _map_from(path: Path | None) -> np.ndarray | None:
-    """The first frame (H, W) of a file."""
+    """The one frame (H, W) of a file."""
     if path is None:
         return None
     try:
         with open_movie(path) as movie:
+            if len(movie) != 1:
+                raise ValueError(
+                    f"{path} has {len(movie)} frames; a mask or map is one: save their mean or sum"
+                )
             frame: np.ndarray = np.array(movie[0])
     except FileFormatError as error:
         raise SourceError(str(error)) from None

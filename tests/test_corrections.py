@@ -244,3 +244,9 @@ def test_service_corrects_what_every_source_sends(rig: Any, tmp_path: Path) -> N
     BadPixels(mask).fill(good)
     np.testing.assert_array_equal(pixels, good[:8, :8].reshape(4, 2, 4, 2).sum(axis=(1, 3)))
     assert head["corrections"][0]["roi"] == "8x8+0+0"
+
+
+def test_map_of_many_frames_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "dark.npy", np.zeros((3, 12, 16)))
+    with pytest.raises(ValueError, match=r"dark\.npy has 3 frames; a mask or map is one"):
+        Settings(input="sim://", offset_map=tmp_path / "dark.npy").corrections()

@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 import threading
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,74 @@ def test_series_whose_start_was_lost_is_opened_by_its_first_image() -> None:
 def test_gaps_in_image_ids_are_missing() -> None:
     desk = Desk().give(start(), *(image(n, PIXELS) for n in (0, 1, 5)), start("b"), image(0, PIXELS, "b"))
     assert desk.ledger.snapshot()["missing"] == 3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_first_images_of_a_series_that_do_not_come_are_missing(version: int) -> None:
+    if version == 1:
+        desk = first_stream(header1(), image1(3, PIXELS), header1(2), image1(2, PIXELS, series=2))
+    else:
+        desk = Desk().give(start(), image(3, PIXELS), start("b"), image(2, PIXELS, "b"))
+    assert desk.ledger.snapshot()["missing"] == 5
+
+
+def test_detector_that_starts_a_series_of_the_same_name_again_is_counted_anew() -> None:
+    desk = Desk().give(start(), image(0, PIXELS), image(1, PIXELS), start(), image(1, PIXELS))
+    assert desk.ledger.snapshot()["missing"] == 1
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_image_whose_pixels_are_wrong_is_rejected_and_not_missing_too(version: int) -> None:
+    other = np.zeros((20, 30), np.uint16)  # of another size, so that nothing of that size has come before
+    if version == 1:
+        bad = [*image1(2, other)[:2], shuffled(other)[:-9], b"{}"]
+        desk = first_stream(header1(), *(image1(n, PIXELS) for n in (0, 1)), bad, image1(3, PIXELS))
+    else:
+        typed = cbor2.CBORTag(69, cbor2.CBORTag(56500, ["bslz4", 2, shuffled(other)[:-9]]))
+        bad = image(2, {"threshold_1": cbor2.CBORTag(40, [[20, 30], typed])})
+        desk = Desk().give(start(), image(0, PIXELS), image(1, PIXELS), bad, image(3, PIXELS))
+    ledger = desk.ledger.snapshot()
+    assert (ledger["rejected"], ledger["missing"]) == (1, 0)
+
+
+def test_images_without_the_channel_that_is_wanted_are_rejected_and_not_missing_too() -> None:
+    neither = [image(n, {"other": array(PIXELS)}) for n in (1, 2)]
+    desk = Desk(dectris.Decoder("threshold_1")).give(start(), image(0, PIXELS), *neither, image(3, PIXELS))
+    ledger = desk.ledger.snapshot()
+    assert (ledger["rejected"], ledger["missing"]) == (2, 0)
+
+
+def test_mask_that_does_not_fit_gives_way_to_what_the_first_image_marks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dead = np.full(SHAPE, 3, np.uint16)
+    dead[7, 7] = 65535
+    for wanted in (None, "sum"):
+        desk = Desk(dectris.Decoder(wanted))
+        desk.give(start(pixel_mask={"threshold_1": array(np.ones((5, 6), np.uint32))}), image(0, dead))
+        ((head, got),) = desk.frames()
+        assert (got == 3).all()
+        assert head.extra["bad_pixels"] == 1
+    assert "does not fit its frames of 33x47" in caplog.text
+
+
+def test_start_may_have_null_where_nothing_is_to_say() -> None:
+    desk = Desk().give(start(pixel_mask=None, channels=()), image(0, PIXELS))
+    assert not desk.reasons
+    assert len(desk.frames()) == 1
+
+
+def test_masks_take_no_more_memory_than_one_of_them() -> None:
+    small = array(np.zeros((150, 160), np.uint32))
+    opening = start(pixel_mask={str(n): small for n in range(16)})
+    desk = Desk().give(opening)  # loads the library
+    tracemalloc.start()
+    try:
+        desk.give(opening)
+        assert tracemalloc.get_traced_memory()[1] < 3 * 4 * 150 * 160
+    finally:
+        tracemalloc.stop()
+    assert not desk.reasons
 
 
 def bad_array(**change: Any) -> bytes:
@@ -367,6 +436,12 @@ def test_first_streams_configuration_may_come_in_a_message_of_its_own() -> None:
     head, config = header1()
     items = list(first_stream([head], [config], image1(0, PIXELS)).items())
     assert items[0]["source"] == items[1][0].source == "QUADRO E-02"
+
+
+@pytest.mark.parametrize("frames", [0.2, 1e308, -1, 2**60, "many", None])
+def test_first_streams_length_that_makes_no_sense_is_left_out(frames: Any) -> None:
+    (opening, _) = first_stream(header1(nimages=frames), image1(0, PIXELS)).items()
+    assert "frames" not in opening
 
 
 def test_first_streams_mask_is_applied() -> None:

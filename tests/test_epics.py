@@ -129,6 +129,27 @@ def test_another_series_begins_where_the_numbers_fall_back() -> None:
     assert desk.marks() == ["start", "frame", "frame", "frame", "end", "start", "frame", "frame"]
 
 
+def test_frame_that_comes_late_stays_in_its_series() -> None:
+    desk = channel().give(*(frame(n, PIXELS) for n in (5, 6, 8, 10, 7, 9, 11)))
+    assert desk.ledger.snapshot()["missing"] == 0
+    assert desk.marks() == ["start", *["frame"] * 7]
+
+
+def test_number_left_out_before_the_connection_was_lost_is_not_late() -> None:
+    desk = channel().give(*(frame(n, PIXELS) for n in (5, 6, 8)))
+    desk.decoder.decode(frame(7, PIXELS), desk.intake, again=True)
+    assert desk.marks() == ["start", "frame", "frame", "frame", "end", "start", "frame"]
+    assert desk.ledger.snapshot()["missing"] == 1
+
+
+def test_picture_that_is_damaged_is_rejected_and_not_missing_too() -> None:
+    other = np.zeros((300, 20), np.uint16)
+    data = bitshuffle.compress_lz4(other).tobytes()[:-9]
+    desk = channel().give(frame(0, PIXELS), compressed(1, other, "bslz4", data), frame(2, PIXELS))
+    ledger = desk.ledger.snapshot()
+    assert (ledger["rejected"], ledger["missing"]) == (1, 0)
+
+
 def test_numbers_go_on_where_32_bits_turn_negative() -> None:
     desk = channel().give(*(frame(n, PIXELS) for n in (2**31 - 1, -(2**31), -(2**31) + 1)))
     assert [head.frame for head, _ in desk.frames()] == [2**31 - 1, 2**31, 2**31 + 1]
@@ -165,6 +186,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "negative sizes": (frame(0, PIXELS, dimension=[{"size": -47}, {"size": -33}]), "positive size"),
     "too many dimensions": (frame(0, PIXELS, dimension=[{"size": 1}] * 11), "at most 10"),
     "not a number": (frame(0, np.full((2, 2), np.nan, np.float32)), "not numbers"),
+    "a codec of numbers": (
+        Value(Type([("value", "aH"), ("uniqueId", "i"), ("dimension", ("aS", None, [("size", "i")])),
+                    ("codec", ("S", None, [("name", "ad")]))]),
+              {"value": PIXELS.reshape(-1), "dimension": [{"size": 47}, {"size": 33}], "codec": {"name": [1.0, 2.0]}}),
+        "codec must be one of",
+    ),
     "a scalar": (Value(Type([("value", "d")]), {"value": 3.5}), "holds no NTNDArray"),
     "a table": (Value(Type([("value", ("S", None, [("a", "ad")])), ("labels", "as")])), "holds no NTNDArray"),
     "texts for pixels": (

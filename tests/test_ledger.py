@@ -153,3 +153,28 @@ def test_frames_that_the_camera_skips_are_missing_once_until_they_come(
         not is_sent and frame not in came for frame, is_sent in enumerate(sent)
     )
     assert ledger.snapshot()["received"] == 0
+
+
+def test_first_frames_of_a_series_that_do_not_come_are_missing() -> None:
+    ledger = Ledger()
+    for series in (1, 2):
+        ledger.begin("camera", series, 0)
+        for frame in (3, 4, 1):
+            ledger.number("camera", series, frame)
+    assert ledger.snapshot()["missing"] == 4
+
+
+def test_series_that_has_begun_is_the_same_whatever_is_repeated() -> None:
+    ledger = Ledger()
+    ledger.begin("camera", 1, 0)
+    for frame in (*range(200), 0, 200, 7, 201):
+        ledger.number("camera", 1, frame)
+    assert ledger.snapshot()["missing"] == 0
+
+
+def test_absurd_number_does_not_spoil_the_count_of_a_series_that_has_begun() -> None:
+    ledger = Ledger()
+    ledger.begin("camera", 1, 0)
+    for frame in (0, 1, 2**52, 2, 3, 5):
+        ledger.number("camera", 1, frame)
+    assert ledger.snapshot()["missing"] == 1

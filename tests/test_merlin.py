@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_header_says_what_the_detector_said() -> None:
     assert (head.frame, head.series, head.exposure_s) == (1, start["series"], 0.001)
     assert head.timestamp_ns == 1_772_366_400_000_000_005
     assert head.extra == {"counter": 0}
+
+
+def test_year_that_no_header_can_carry_is_left_out() -> None:
+    data = image(1, PIXELS).replace(b"MQ1A,2026-", b"MQ1A,9999-")
+    ((head, _),) = Line().play(data).frames()
+    assert head.timestamp_ns is None
+    wire.pack(wire.map_of(head))
 
 
 def test_frame_without_the_extended_header_is_a_frame() -> None:
@@ -211,6 +219,30 @@ def test_port_has_a_default_and_unknown_hosts_are_waited_for(caplog: pytest.LogC
         port = taken.getsockname()[1]
     receiver = Receiver(f"merlin://127.0.0.1:{port}")
     while "cannot connect" not in caplog.text:
+        receiver.stop.wait(0.01)
+    assert receiver.ends_within_a_second()
+
+
+def test_name_server_that_does_not_answer_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    def getaddrinfo(*args: Any, **options: Any) -> Any:
+        asked.set()
+        answers.wait(20)
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    receiver = Receiver("merlin://camera.test:6342")
+    assert asked.wait(20)
+    ended = receiver.ends_within_a_second()
+    answers.set()
+    assert ended
+
+
+def test_name_that_cannot_be_one_is_said_and_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    receiver = Receiver("merlin://a..b:6342")
+    while "cannot connect to merlin://a..b:6342" not in caplog.text:
+        assert receiver.thread.is_alive()
         receiver.stop.wait(0.01)
     assert receiver.ends_within_a_second()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +20,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emstream.endpoint import reachable
 from emstream.errors import OutputError
 from emstream.frame import FrameHeader
 from emstream.intake import Overrun
@@ -413,3 +417,17 @@ def test_other_output_whose_port_is_taken_is_explained(context: Any) -> None:
         with pytest.raises(OutputError, match="the address is in use"):
             Output(Order.of(f"tcp://127.0.0.1:{port}?format={name}"), 64, context)
     taken.close()
+
+
+def test_commands_of_the_readme_say_who_may_connect_to_what_they_bind() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^emstream serve .*", text, re.M)]
+    outputs = [
+        (Order.of(url).endpoint, command)
+        for command in commands
+        for name, url in itertools.pairwise(command)
+        if name == "--output"
+    ]
+    assert any(reachable(endpoint) for endpoint, _ in outputs)
+    for endpoint, command in outputs:
+        assert not reachable(endpoint) or {"--insecure", "--key"} & set(command), command

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,13 +13,19 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zmq.utils.monitor import recv_monitor_message
 
 from emstream import wire
+from emstream.endpoint import bind
 from emstream.errors import SourceError
-from emstream.intake import Overrun
-from emstream.sources import open_source
+from emstream.intake import Intake, Overrun
+from emstream.ledger import Ledger
+from emstream.ring import Ring
+from emstream.sources import connection, open_source
+from emstream.sources.connection import Connection
 from emstream.sources.zmq import ZmqSource
 from tests.conftest import exact, message
+from tests.contract.test_sources import Receiver
 
 GOOD = np.arange(6, dtype=np.uint8).reshape(2, 3)
 
@@ -81,6 +90,92 @@ def test_random_messages_never_upset_the_count(rig: Any, parts: list[bytes]) -> 
     rig.sent += 1
     ledger = rig.shared.wait(lambda ledger: ledger["received"] == rig.sent and ledger["in_flight"] == 0)
     assert ledger["published"] + ledger["rejected"] == rig.sent
+
+
+def test_frame_of_a_new_size_without_all_its_pixels_is_rejected_and_not_missing_too(rig: Any) -> None:
+    run = rig({"overrun": Overrun.block})
+    run.start()
+    for parts in (message(0, GOOD), [b"raw", head(frame=1, shape=[9, 9]), b"short"], message(2, GOOD)):
+        run.camera.send_multipart(parts)
+    ledger = run.wait(lambda ledger: ledger["received"] == 3)
+    assert (ledger["rejected"], ledger["missing"]) == (1, 0)
+
+
+@pytest.mark.parametrize("scheme", ["pull+tcp", "tcp"])
+def test_cameras_and_displays_may_have_an_address_of_ipv6(context: Any, scheme: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    camera = context.socket(zmq.PUSH if scheme == "pull+tcp" else zmq.XPUB)
+    camera.linger = 0
+    address = bind(camera, "tcp://[::1]:*")
+    receiver = Receiver(f"{scheme}://{address.partition('//')[2]}")
+    try:
+        if scheme == "tcp":
+            assert camera.poll(10_000)
+        camera.send_multipart(message(0, GOOD))
+        assert receiver.wait(1)["rejected"] == 0
+    finally:
+        receiver.end()
+        camera.close()
+
+
+@pytest.mark.parametrize("url", ["dectris://camera.invalid", "tcp://127.0.0.1:{port}"])
+def test_camera_that_nobody_finds_is_said_once(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "_PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    receiver = Receiver(url.format(port=port))
+    while "nobody answers at tcp://" not in caplog.text:
+        receiver.stop.wait(0.01)
+    receiver.stop.wait(0.5)
+    receiver.end()
+    assert caplog.text.count("nobody answers") == 1
+
+
+def test_camera_that_came_back_before_anybody_looked_is_not_left_again(context: Any, tmp_path: Any) -> None:
+    """It might be in the middle of a message."""
+    address = f"ipc://{tmp_path}/camera"
+    cameras = [context.socket(zmq.PUSH) for _ in range(2)]
+    cameras[0].bind(address)
+    made, stop = (
+        Connection(address, kind=zmq.PULL, max_message_bytes=1000, context=context),
+        threading.Event(),
+    )
+    looks, came = threading.Event(), []
+
+    def receive(intake: Any) -> None:
+        came.append(made.socket.recv())
+        looks.wait(20)  # as for a free slot
+
+    def wait_for(condition: Callable[[], Any]) -> None:
+        while not condition():
+            stop.wait(0.005)
+
+    intake = Intake(Ring(2, 1), Ledger())
+    thread = threading.Thread(target=made.run, args=(receive, intake, stop))
+    thread.start()
+    try:
+        cameras[0].send(b"before")
+        wait_for(lambda: came)
+        cameras[0].close(linger=0)
+        news = cameras[1].get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        cameras[1].bind(address)
+        cameras[1].send(b"after")
+        assert recv_monitor_message(news)["event"] == zmq.EVENT_ACCEPTED
+        looks.set()
+        wait_for(lambda: len(came) == 2)
+        stop.wait(0.5)  # longer than a source waits before it looks around
+        assert not news.poll(0)
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+        cameras[1].disable_monitor()
+        news.close(linger=0)
+        cameras[1].close(linger=0)
 
 
 def test_array_1_0_frames_are_understood(rig: Any) -> None:
@@ -202,6 +297,7 @@ def test_binding_source_takes_a_camera_that_connects(context: Any, tmp_path: Any
         ("camera:5555", "scheme must be one of tcp"),
         ("http://localhost:80", "scheme must be one of tcp"),
         ("tcp://localhost", "expected tcp://HOST:PORT"),
+        ("tcp://[::1:5555", r"--input 'tcp://\[::1:5555': Invalid IPv6"),
         ("tcp://localhost:99999", "expected tcp://HOST:PORT"),
         ("tcp://localhost:5555?rate=4", "unknown option rate; known: topic, bind"),
         ("tcp://localhost:5555?bind=maybe", "bind must be true or false"),

@@ -50,7 +50,10 @@ def open_source(
 
     Raises ValueError for a URL that makes no sense, SourceError for one that cannot be opened.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # brackets that hold no address of IPv6
+        raise ValueError(f"--input {url!r}: {error}") from None
     if parts.scheme in SCHEMES:
         make = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}").from_url
     else:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from emstream.endpoint import Door, last_endpoint, reachable
 from emstream.errors import SourceError
@@ -19,6 +22,7 @@ log = logging.getLogger(__name__)
 
 QUEUE_FRAMES = 64  # kept by ZeroMQ before the ring takes them
 _POLL_MS = 100  # how soon a stop is noticed
+_PATIENCE_S = 3.0  # before it is said that nobody answers
 
 
 def address(url: Url, scheme: str, default_port: int | None = None) -> str:
@@ -59,6 +63,7 @@ class Connection:
         self.socket = (context or zmq.Context.instance()).socket(kind)
         self.socket.rcvhwm = QUEUE_FRAMES
         self.socket.linger = 0
+        self.socket.ipv6 = "[" in endpoint  # not always: a name would then stand for its first address alone
         self.socket.maxmsgsize = max_message_bytes
         # A camera that loses power says nothing; only TCP notices.
         self.socket.tcp_keepalive = 1
@@ -88,18 +93,20 @@ class Connection:
             raise SourceError(f"cannot open {endpoint} for input: {hint}") from None
         self.endpoint = last_endpoint(self.socket)
         self._connects = not bind
-        self._disconnections = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._say_by_s = math.inf
+        self._news = self.socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
 
     def run(self, receive: Callable[[Intake], None], intake: Intake, stop: threading.Event) -> None:
         """Call `receive`, which takes one message off the socket or raises zmq.Again, until `stop`."""
         try:
             self.socket.rcvtimeo = _POLL_MS
             log.info("waiting for frames from %s", self.endpoint)
+            self._say_by_s = time.monotonic() + _PATIENCE_S if self._connects else math.inf
             while not stop.is_set():
                 try:
                     receive(intake)
                 except zmq.Again:
-                    self._notice_disconnection(intake)
+                    self._hear(intake)
             # What the queue holds by now has been received, too.
             for _ in range(QUEUE_FRAMES):
                 if not self.socket.poll(0):
@@ -107,7 +114,7 @@ class Connection:
                 receive(intake)
         finally:
             self.socket.disable_monitor()
-            self._disconnections.close(linger=0)
+            self._news.close(linger=0)
             self.socket.close()
 
     def more(self) -> bool:
@@ -122,19 +129,29 @@ class Connection:
             parts += 1
         return parts
 
-    def _notice_disconnection(self, intake: Intake) -> None:
-        """Connect again: ZeroMQ does so by itself, but not after a message above its limit."""
-        if not self._disconnections.poll(0):
+    def _hear(self, intake: Intake) -> None:
+        """What became of the connection.
+
+        Connect again: ZeroMQ does so by itself, but not after a message above its limit.
+        """
+        events = []
+        while self._news.poll(0):
+            events.append(recv_monitor_message(self._news)["event"])
+        if events:
+            self._say_by_s = math.inf
+        elif time.monotonic() > self._say_by_s:
+            self._say_by_s = math.inf
+            log.warning("nobody answers at %s (is the address right?); waiting for it", self.endpoint)
+        if zmq.EVENT_DISCONNECTED not in events:
             return
-        while self._disconnections.poll(0):
-            self._disconnections.recv_multipart()
         log.warning(
             "%s disconnected: the camera went away, or sent a message far above the largest frame of %g MiB; "
             "waiting for it",
             self.endpoint,
             intake.max_frame_bytes / 1024**2,
         )
-        if self._connects:
+        # What came back while the queue was being emptied may be in the middle of a message.
+        if self._connects and events[-1] == zmq.EVENT_DISCONNECTED:
             with contextlib.suppress(zmq.ZMQError):  # already forgotten by ZeroMQ
                 self.socket.disconnect(self.endpoint)
             self.socket.connect(self.endpoint)

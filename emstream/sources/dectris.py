@@ -96,41 +96,49 @@ class Decoder:
             intake.malformed(str(error))
 
     def _start(self, start: stream2.Start, intake: Intake) -> None:
-        self._delivery.begin({name: mask.read() for name, mask in start.masks.items()})
+        self._delivery.begin(start.masks)
         self._started, self._source = start, start.source
-        self._tracker.start(intake, start.source, start.series, **start.about)
+        self._tracker.start(intake, start.source, start.series, first=0, **start.about)
 
     def _image(self, image: stream2.Image, intake: Intake) -> None:
-        name, arrays = self._choose(image, intake.max_frame_bytes)
-        if self._tracker.open != (self._source, image.series):
-            # Its start was lost, or sent before we were there.
-            self._delivery.begin()
-            self._started = None
-            self._tracker.start(intake, self._source, image.series)
+        is_open = self._tracker.open == (self._source, image.series)
+        started = self._started if is_open else None
         header = FrameHeader(
             frame=image.number,
-            shape=arrays[0].shape,
-            type=arrays[0].type,
+            shape=(0, 0),
+            type="",
             source=self._source,
             series=image.series,
             timestamp_ns=image.timestamp_ns,
-            exposure_s=image.exposure_s or (self._started.exposure_s if self._started else None),
-            extra={**image.about, "channel": name},
+            exposure_s=image.exposure_s or (started.exposure_s if started else None),
+            extra=image.about,
         )
-        self._delivery.deliver(name, arrays, header, intake)
+        try:
+            name, arrays = self._choose(image, started, intake.max_frame_bytes)
+            if not is_open:
+                # Its start was lost, or sent before we were there.
+                self._delivery.begin()
+                self._started = None
+                self._tracker.start(intake, self._source, image.series)
+            header.extra["channel"] = name
+            self._delivery.deliver(name, arrays, header, intake)
+        except MalformedFrame as error:
+            intake.malformed(str(error), header)
 
-    def _choose(self, image: stream2.Image, max_frame_bytes: int) -> tuple[str, list[Array]]:
+    def _choose(
+        self, image: stream2.Image, started: stream2.Start | None, max_frame_bytes: int
+    ) -> tuple[str, list[Array]]:
         """The channel that is wanted, or all of them."""
-        size = self._started.size if self._started else None
         if self._channel == SUM:
             names = list(image.channels)
         else:
-            known = self._started.channels if self._started else []
+            known = started.channels if started else []
             name = self._channel or next((each for each in known if each in image.channels), None)
             names = [name or next(iter(image.channels))]
         if names[0] not in image.channels:
             raise MalformedFrame(
                 f"image has no channel {names[0]!r}; it has {', '.join(image.channels)[:200]}"
             )
+        size = started.size if started else None
         arrays = [stream2.array(image.channels[name], max_frame_bytes, size) for name in names]
         return (SUM if self._channel == SUM else names[0]), arrays

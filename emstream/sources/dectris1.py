@@ -116,43 +116,48 @@ class Decoder:
             if config.get("pixel_mask_applied") is not False
             else None
         )
-        self._delivery.begin({_CHANNEL: mask.read()} if mask else None)
+        self._delivery.begin({_CHANNEL: mask} if mask else None)
         names = [config.get(key) for key in ("description", "detector_number")]
         self._source = (
             " ".join(name for name in names if isinstance(name, str) and 0 < len(name) <= 200) or "DECTRIS"
         )
-        self._exposure_s = wire.numbers(config, ["count_time"]).get("count_time")
+        count_s = wire.numbers(config, ["count_time"]).get("count_time", 0)
+        self._exposure_s = count_s if count_s > 0 else None
         counts = wire.numbers(config, ["nimages", "ntrigger"])
-        frames = int(counts.get("nimages", 0) * counts.get("ntrigger", 1))
+        frames = counts.get("nimages", 0) * counts.get("ntrigger", 1)
         self._tracker.start(
-            intake, self._source, series, frames=frames if 0 < frames < _LARGEST_NUMBER else None
+            intake,
+            self._source,
+            series,
+            first=0,
+            frames=int(frames) if 1 <= frames < _LARGEST_NUMBER else None,
         )
 
     def _image(self, head: dict[str, Any], parts: list[Any], intake: Intake) -> None:
-        if len(parts) < 3:
-            raise MalformedFrame("image must have a header, a description and its pixels")
-        series = _number(head, "series")
-        array = _array(_map(parts[1]), parts[2], intake.max_frame_bytes)
-        number = _number(head, "frame")
-        times = _map(parts[3]) if len(parts) > 3 and bytes(parts[3][:1]) == b"{" else {}
+        series, number = _number(head, "series"), _number(head, "frame")
         if self._announced is not None:
             self._start(self._announced, {}, [], intake)
-        if self._tracker.open != (self._source, series):
-            # Its start was lost, or sent before we were there.
-            self._delivery.begin()
-            self._exposure_s = None
-            self._tracker.start(intake, self._source, series)
-        real_ns = wire.numbers(times, ["real_time"]).get("real_time", 0)
-        exposure_s = real_ns / 1e9 if real_ns > 0 else self._exposure_s
+        is_open = self._tracker.open == (self._source, series)
         header = FrameHeader(
-            frame=number,
-            shape=array.shape,
-            type=array.type,
-            source=self._source,
-            series=series,
-            exposure_s=exposure_s if exposure_s and exposure_s > 0 else None,
-        )
-        self._delivery.deliver(_CHANNEL, [array], header, intake)
+            frame=number, shape=(0, 0), type="", source=self._source, series=series,
+            exposure_s=self._exposure_s if is_open else None,
+        )  # fmt: skip
+        try:
+            if len(parts) < 3:
+                raise MalformedFrame("image must have a header, a description and its pixels")
+            array = _array(_map(parts[1]), parts[2], intake.max_frame_bytes)
+            times = _map(parts[3]) if len(parts) > 3 and bytes(parts[3][:1]) == b"{" else {}
+            if not is_open:
+                # Its start was lost, or sent before we were there.
+                self._delivery.begin()
+                self._exposure_s = None
+                self._tracker.start(intake, self._source, series)
+            real_ns = wire.numbers(times, ["real_time"]).get("real_time", 0)
+            if real_ns > 0:
+                header.exposure_s = real_ns / 1e9
+            self._delivery.deliver(_CHANNEL, [array], header, intake)
+        except MalformedFrame as error:
+            intake.malformed(str(error), header)
 
 
 def _map(part: Any) -> dict[str, Any]:

@@ -78,21 +78,29 @@ class Delivery:
     def __init__(self, largest_is_no_data: bool = True) -> None:
         """`largest_is_no_data`: what the largest value of an unsigned type stands for."""
         self._largest_is_no_data = largest_is_no_data
-        self._bad: dict[str, BadPixels | None] = {}
+        self._masks: dict[str, Array] = {}
+        self._bad: BadPixels | None = None
+        self._bad_of: tuple[str, tuple[int, int]] | None = None  # channel and size that these are of
         self._proven: tuple[tuple[int, int], str] | None = None  # size and type of the last whole frame
 
-    def begin(self, masks: dict[str, np.ndarray] | None = None) -> None:
-        """Another series, with a mask (H, W) for each channel, bad where it is not 0."""
-        self._bad = {name: _bad_pixels(mask) for name, mask in (masks or {}).items()}
-        if masks:
-            self._bad[SUM] = _bad_pixels(_union(list(masks.values())))
+    def begin(self, masks: dict[str, Array] | None = None) -> None:
+        """Another series, with a mask (H, W) for each channel, bad where it is not 0.
+
+        Raises MalformedFrame for one that is not whole. They are kept as they came: one that is unpacked may
+        be 255 times as large.
+        """
+        self._masks, self._bad_of = {}, None
+        for mask in (masks or {}).values():
+            mask.read()
+        self._masks = masks or {}
 
     def deliver(self, channel: str, arrays: list[Array], header: FrameHeader, intake: Intake) -> None:
         """One frame: one array, or several of a size and type to be added up.
 
-        Type and byte order of `header` are set here. Raises MalformedFrame before the frame is
+        Size, type and byte order of `header` are set here. Raises MalformedFrame before the frame is
         offered; afterwards it is refused.
         """
+        header.shape = arrays[0].shape
         header.type, header.endianness = arrays[0].type, arrays[0].endianness
         if len(arrays) > 1:
             header.type, header.endianness = _SUM_TYPES.get(arrays[0].type, "float64"), "little"
@@ -121,17 +129,33 @@ class Delivery:
     def _write(self, channel: str, arrays: list[Array], header: FrameHeader, row: np.ndarray) -> None:
         if len(arrays) == 1:
             arrays[0].write(row)
-            if channel not in self._bad:
-                self._bad[channel] = _bad_pixels(_without_data(row)) if self._largest_is_no_data else None
+            images = [row]
         else:
             images = [each.read() for each in arrays]
-            if channel not in self._bad:
-                self._bad[channel] = _bad_pixels(_union([_without_data(each) for each in images]))
             np.add.reduce(images, axis=0, dtype=row.dtype, out=row)
-        bad = self._bad[channel]
-        if bad is not None and bad.shape == row.shape:
-            bad.fill(row)
-            header.extra["bad_pixels"] = len(bad)
+        if self._bad_of != (channel, row.shape):
+            self._bad, self._bad_of = self._find_bad(channel, images), (channel, row.shape)
+        if self._bad is not None:
+            self._bad.fill(row)
+            header.extra["bad_pixels"] = len(self._bad)
+
+    def _find_bad(self, channel: str, images: list[np.ndarray]) -> BadPixels | None:
+        shape = images[0].shape
+        masks = list(self._masks.values()) if channel == SUM else [self._masks.get(channel)]
+        known = [mask for mask in masks if mask is not None and mask.shape == shape]
+        if len(known) < len(self._masks if channel == SUM else self._masks.keys() & {channel}):
+            log.warning(
+                "the detector's pixel mask does not fit its frames of %dx%d and is left aside; pixels at the largest "
+                "value of the first frame count as bad instead", *shape
+            )  # fmt: skip
+            known = []
+        bad = np.zeros(shape, bool)
+        for mask in known:
+            bad |= mask.read() != 0
+        if not known and self._largest_is_no_data:
+            for image in images:
+                bad |= _without_data(image)
+        return _bad_pixels(bad)
 
 
 def _bad_pixels(mask: np.ndarray) -> BadPixels | None:
@@ -140,13 +164,6 @@ def _bad_pixels(mask: np.ndarray) -> BadPixels | None:
         log.warning("the detector's pixel mask is left aside: %d of its %d pixels are bad", bad, mask.size)
         return None
     return BadPixels(mask) if bad else None
-
-
-def _union(masks: list[np.ndarray]) -> np.ndarray:
-    if any(mask.shape != masks[0].shape for mask in masks):
-        raise MalformedFrame("pixel masks of the channels differ in size")
-    union: np.ndarray = np.any([mask != 0 for mask in masks], axis=0)
-    return union
 
 
 def _without_data(pixels: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ _POLL_S = 0.1  # how soon a stop is noticed
 # over a slow line needs time, too.
 _FIRST_PATIENCE_S, _LAST_PATIENCE_S = 1.0, 15.0
 _CHANNEL = "image"
+_LATEST = 64  # plugins of areaDetector with several threads may overtake themselves
 
 
 def from_url(url: Url) -> EpicsSource:
@@ -128,7 +129,7 @@ class Decoder:
 
     def __init__(self, channel: str = "EPICS") -> None:
         self._source = channel[:200]
-        self._series = NumberedSeries()
+        self._series = NumberedSeries(_LATEST)
         self._delivery = Delivery(largest_is_no_data=False)
         self._last: Any = None
 
@@ -139,15 +140,21 @@ class Decoder:
             if picture is None or (again and picture.identity == self._last):
                 return
             self._last = picture.identity
-            header = FrameHeader(
-                frame=picture.number,
-                shape=picture.array.shape,
-                type=picture.array.type,
-                source=self._source,
-                series=self._series.of(intake, self._source, picture.number),
-                timestamp_ns=picture.timestamp_ns,
-                extra={"ndattr": picture.attributes} if picture.attributes else {},
-            )
-            self._delivery.deliver(_CHANNEL, [picture.array], header, intake)
+            if again:
+                self._series.reconnect()
         except MalformedFrame as error:
             intake.malformed(str(error))
+            return
+        header = FrameHeader(
+            frame=picture.number,
+            shape=picture.array.shape,
+            type=picture.array.type,
+            source=self._source,
+            series=self._series.of(intake, self._source, picture.number),
+            timestamp_ns=picture.timestamp_ns,
+            extra={"ndattr": picture.attributes} if picture.attributes else {},
+        )
+        try:
+            self._delivery.deliver(_CHANNEL, [picture.array], header, intake)
+        except MalformedFrame as error:
+            intake.malformed(str(error), header)

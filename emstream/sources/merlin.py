@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -58,11 +59,12 @@ class MerlinSource:
         log.info("waiting for frames from %s", self.endpoint)
         said = ""
         while not stop.is_set():
-            try:
-                connection = socket.create_connection(self._address, timeout=_CONNECT_S)
-            except OSError as error:
-                if str(error) != said:
-                    said = str(error)
+            connection = self._connect(stop)
+            if connection is None:
+                break
+            if isinstance(connection, Exception):
+                if str(connection) != said:
+                    said = str(connection)
                     log.warning("cannot connect to %s (%s); waiting for it", self.endpoint, said)
                 stop.wait(_RETRY_S)
                 continue
@@ -72,6 +74,25 @@ class MerlinSource:
             if not stop.is_set():
                 log.warning("%s disconnected; waiting for it", self.endpoint)
                 stop.wait(_POLL_S)
+
+    def _connect(self, stop: threading.Event) -> socket.socket | Exception | None:
+        """A connection, or why there is none; None when `stop` came first.
+
+        In a thread of its own: a name server that does not answer takes many seconds.
+        """
+        found: SimpleQueue[socket.socket | Exception] = SimpleQueue()
+
+        def connect() -> None:
+            try:
+                found.put(socket.create_connection(self._address, timeout=_CONNECT_S))
+            except (OSError, UnicodeError) as error:  # the latter from a name that cannot be one
+                found.put(error)
+
+        threading.Thread(target=connect, name="connect", daemon=True).start()
+        while not stop.is_set():
+            with contextlib.suppress(Empty):
+                return found.get(timeout=_POLL_S)
+        return None
 
     def _receive(self, connection: socket.socket, intake: Intake, stop: threading.Event) -> None:
         """Until the connection or the service ends."""
@@ -254,7 +275,7 @@ class Decoder:
         try:
             packed = np.frombuffer(stream.read(image.packed), np.uint8)
         except Ended:
-            intake.malformed(_CUT)
+            intake.malformed(_CUT, header)
             raise
         row = intake.offer(header)
         if row is None:

@@ -194,4 +194,5 @@ def _timestamp(text: str) -> int | None:
     except ValueError:
         return None
     seconds = (taken - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(seconds=1)
-    return seconds * 1_000_000_000 + int((match[2] or "0").ljust(9, "0")) if seconds >= 0 else None
+    taken_ns = seconds * 1_000_000_000 + int((match[2] or "0").ljust(9, "0"))
+    return taken_ns if 0 <= taken_ns < 2**63 else None

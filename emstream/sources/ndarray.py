@@ -70,7 +70,7 @@ def parse(value: Structure, max_frame_bytes: int) -> Picture | None:
     _refuse_colour(attributes)
     shape = _shape(dimensions)
     data: bytes | memoryview = pixels.view(np.uint8).data
-    if not codec:
+    if codec is None or (isinstance(codec, str) and not codec):
         kind, algorithm = pixels.dtype.name, None
     elif isinstance(codec, str) and codec in CODECS:
         kind, algorithm = SCALAR_TYPES.get(_number(value.get("codec.parameters")), "unknown"), CODECS[codec]

@@ -20,10 +20,15 @@ class SeriesTracker:
         self.open: tuple[str, int | str] | None = None
         """Name of the camera, and the series under way."""
 
-    def start(self, intake: Intake, source: str, series: int | str, **about: Any) -> None:
+    def start(
+        self, intake: Intake, source: str, series: int | str, *, first: int | None = None, **about: Any
+    ) -> None:
+        """`first`: number of its first frame, where the camera itself said that the series starts."""
         if self.open:
             self._mark(intake, wire.END, unfinished=True)
         self.open = (source, series)
+        if first is not None:
+            intake.begin(source, series, first)
         self._mark(intake, wire.START, **about)
 
     def end(self, intake: Intake, series: int | str) -> None:
@@ -46,10 +51,13 @@ class NumberedSeries:
     between is missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, latest: int = 0) -> None:
+        """`latest`: by how many numbers a frame may come late, and take the place left out for it."""
+        self._latest = latest
         self._tracker = SeriesTracker()
         self._series = 0
         self._last = -1
+        self._left_out: set[int] = set()
         self._length = 0
 
     def begin(self, intake: Intake, source: str, length: int = 0, **about: Any) -> None:
@@ -58,12 +66,24 @@ class NumberedSeries:
             self._tracker.end(intake, self._series)
         self._series = max(self._series + 1, now_ns() // 1_000_000)
         self._last, self._length = -1, length
+        self._left_out.clear()
         self._tracker.start(intake, source, self._series, frames=length or None, **about)
+
+    def reconnect(self) -> None:
+        """Nothing comes late from before."""
+        self._left_out.clear()
 
     def of(self, intake: Intake, source: str, number: int) -> int:
         """The series of frame `number`."""
+        if number in self._left_out:
+            self._left_out.remove(number)
+            return self._series
         if self._tracker.open is None or number < self._last:
             self.begin(intake, source)
+        elif number > self._last + 1:
+            oldest = number - self._latest
+            kept = {each for each in self._left_out if each >= oldest}
+            self._left_out = kept.union(range(max(self._last + 1, oldest), number))
         self._last = number
         return self._series
 

@@ -120,13 +120,13 @@ def _compressed(value: Any) -> tuple[str, int, Any]:
 
 
 def _start(fields: dict[str, Any], max_frame_bytes: int) -> Start:
-    channels = fields.get("channels", [])
+    channels = fields.get("channels") or []
     if not isinstance(channels, list) or not all(_is_text(each) for each in channels):
         raise MalformedFrame("channels must be a list of names")
     size = None
     if "image_size_x" in fields:
         size = _size([fields.get("image_size_y"), fields["image_size_x"]])
-    masks = fields.get("pixel_mask", {}) if fields.get("pixel_mask_enabled") is not False else {}
+    masks = (fields.get("pixel_mask") or {}) if fields.get("pixel_mask_enabled") is not False else {}
     if not isinstance(masks, dict) or len(masks) > _MOST_CHANNELS:
         raise MalformedFrame("pixel_mask must be a map from channel to array")
     names = [fields.get(key) for key in ("detector_description", "detector_serial_number")]

@@ -117,7 +117,7 @@ class ZmqSource:
             intake.skip(header)
             return
         if len(pixels) != header.nbytes or surplus:
-            intake.malformed(_SURPLUS if surplus else _WRONG_SIZE)
+            intake.malformed(_SURPLUS if surplus else _WRONG_SIZE, header)
             return
         row = intake.offer(header)
         if row is not None:

@@ -33,6 +33,8 @@ class Camera(Protocol):
     """A camera in the hands of a test."""
 
     url: str
+    says_when_it_begins: bool
+    """Whether it announces series whose frames are numbered from 0, so that a gap before the first shows."""
 
     def watch(self, ledger: Ledger) -> None:
         """The ledger behind the source, for cameras that must know when they are heard."""
@@ -51,6 +53,8 @@ class Camera(Protocol):
 
 class Heard:
     """Waits for the ledger, for cameras that lose what is sent too early."""
+
+    says_when_it_begins = False
 
     def __init__(self) -> None:
         self.ledger = Ledger()
@@ -125,6 +129,7 @@ class Array10(Pushed):
 
 class Dectris2(Pushed):
     scheme = "dectris+ipc"
+    says_when_it_begins = True
 
     def __init__(self, context: zmq.Context[Any], folder: Path) -> None:
         super().__init__(context, folder)
