@@ -84,7 +84,7 @@ export class Readout {
     setText("series", latest.series);
     setText("source", latest.source ? ` · ${latest.source}` : "");
     setText("dose", fixed(latest.dose, 3));
-    setText("domain", { true: "in the engine's range", false: "outside engine's range" }[latest.in_domain] ?? "");
+    setText("domain", { true: "in range", false: "out of range" }[latest.in_domain] ?? "");
     element("dose-section").classList.toggle("alarm", latest.in_domain === false);
     setText("shape", shape(latest));
     element("shape").title = element("shape").textContent;

@@ -366,14 +366,14 @@ def test_frames_and_numbers_on_the_page_advance(tab: Tab, view: ViewServer, came
 def test_dose_out_of_range_and_missing_frames_turn_red(tab: Tab, view: ViewServer, camera: Camera) -> None:
     camera.go()
     tab.open(view.url)
-    tab.wait(f"""{TEXT_OF % "domain"} === "in the engine's range" """)
+    tab.wait(f"""{TEXT_OF % "domain"} === "in range" """)
     assert tab.evaluate("document.querySelectorAll('.alarm').length") == 0
     camera.pause()
     camera.skip(3)
     camera.dose = 8.0
     camera.go()
     tab.wait(f"{NUMBER_OF % 'missing'} === 3")
-    tab.wait(f"""{TEXT_OF % "domain"} === "outside engine's range" """)
+    tab.wait(f"""{TEXT_OF % "domain"} === "out of range" """)
     assert tab.style("missing", "color") == tab.style("dose", "color") == RED
     assert tab.style("domain", "backgroundColor") == RED
     assert tab.style("dropped", "color") != RED
@@ -387,6 +387,20 @@ def test_dose_out_of_range_and_missing_frames_turn_red(tab: Tab, view: ViewServe
     camera.go()
     tab.wait(f"{TEXT_OF % 'mark'}.startsWith('4 missing')")
     assert tab.style("mark", "backgroundColor") == RED
+
+
+def test_estimate_of_the_quality_is_shown_and_what_contradicts_it_is_red(
+    tab: Tab, view: ViewServer, camera: Camera
+) -> None:
+    observer = camera._run.service.pipeline._observer
+    said = {"frames": 400, "psnr_db": {"value": 33.04, "low": 32.61, "high": 33.5}, "fano": 1.0}
+    observer._report = said | {"likelihood": {"value": 0.02, "low": 0.01, "high": 0.03}}
+    tab.open(view.url)
+    tab.wait(f"""{TEXT_OF % "quality"} === "33.0" """)
+    tab.wait(f"""{TEXT_OF % "quality-note"} === "32.6\u201333.5, estimated" """)
+    observer._report = said | {"likelihood": {"value": -0.02, "low": -0.03, "high": -0.01}}
+    tab.wait("!document.getElementById('mark').hidden")
+    assert tab.text("mark").startswith("the counts contradict the picture")
 
 
 def test_page_says_that_it_waits_and_that_frames_have_stopped(
