@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,38 +49,54 @@ def test_frames_pass_encrypted_from_camera_to_display_and_to_nobody_else(
     endpoint = f"tcp://127.0.0.1:{output}"
     own = {"key": keys / "display.key_secret", "service_key": keys / "service.key"}
     frames = package.subscribe(endpoint, timeout_s=30, **{name: str(path) for name, path in own.items()})
+    received: list[Any] = []
+    display = threading.Thread(target=lambda: received.extend(itertools.islice(frames, 20)))
+    display.start()
+    sent = 0
     try:
-        received = []
-        for n in range(40):
-            camera.send_multipart(message(n, np.full((16, 16), n, np.uint8)))
-            if n == 0:
-                status = emstream("status", "--input", endpoint, "--key", own["key"], "--service-key",
-                                  own["service_key"], "--json")  # fmt: skip
-                assert status.returncode == 0, status.stderr
-                stranger = package.subscribe(endpoint, timeout_s=2, key=keys / "stranger.key_secret",
-                                             service_key=keys / "service.key")  # fmt: skip
+        while display.is_alive():
+            camera.send_multipart(message(sent, np.full((16, 16), sent % 256, np.uint8)))
+            sent += 1
+            time.sleep(0.02)
+        numbers = [frame.number for frame in received]
+        assert numbers == list(range(numbers[0], numbers[0] + 20))
+        assert all((frame.data == frame.number % 256).all() for frame in received)
+
+        keys_given = ("--key", own["key"], "--service-key", own["service_key"])
+        status = emstream("status", "--input", endpoint, *keys_given, "--json")
+        assert status.returncode == 0, status.stderr
+        back = emstream("engine", "back", "--service", endpoint, *keys_given)
+        assert "no engine to go back to" in back.stderr
+
+        camera_goes_on = threading.Event()
+
+        def go_on() -> None:
+            nonlocal sent
+            while not camera_goes_on.wait(0.05):
+                camera.send_multipart(message(sent, np.full((16, 16), sent % 256, np.uint8)))
+                sent += 1
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            for stranger in ({}, {"key": keys / "stranger.key_secret", "service_key": keys / "service.key"}):
                 with pytest.raises(SourceError, match="no frame from"):
-                    next(stranger)
-                with pytest.raises(SourceError, match="no frame from"):
-                    next(package.subscribe(endpoint, timeout_s=1))
-                plain = emstream("engine", "back", "--service", endpoint)
-                assert plain.returncode == 1
-            if n == 20:
-                back = emstream("engine", "back", "--service", endpoint, "--key", own["key"], "--service-key",
-                                own["service_key"])  # fmt: skip
-                assert "no engine to go back to" in back.stderr
-        while not received or received[-1].number < 39:
-            received.append(next(frames))
-        assert all((frame.data == frame.number).all() for frame in received)
+                    next(package.subscribe(endpoint, timeout_s=2, **stranger))
+            plain = emstream("engine", "back", "--service", endpoint)
+            assert plain.returncode == 1
+            assert "no service at" in plain.stderr
+        finally:
+            camera_goes_on.set()
+            thread.join()
     finally:
         service.send_signal(signal.SIGINT)
-        out, err = service.communicate(timeout=30)
+        out, err = service.communicate(timeout=60)
+        display.join(30)
         frames.close()
         camera.close()
         door.close()
     report = json.loads(out)
-    assert report["ledger"]["published"] == 40, err
-    assert report["recording"]["frames"]["raw"] == 40
+    assert report["ledger"]["published"] == report["recording"]["frames"]["raw"] == sent, err
 
 
 def test_public_address_takes_keys_or_says_insecure(tmp_path: Path) -> None:
