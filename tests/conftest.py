@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,3 +146,11 @@ def exact(ledger: dict[str, int]) -> bool:
     """The ledger's one law."""
     settled = sum(ledger[key] for key in ("published", "dropped", "rejected", "failed", "in_flight"))
     return ledger["received"] == settled
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

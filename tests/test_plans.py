@@ -483,14 +483,6 @@ def test_plans_for_the_cache_are_built_on_the_gpu_that_runs_them(
         assert gpu.calls["build"] == 1
 
 
-@pytest.fixture
-def heeds_ctrl_c() -> Iterator[None]:
-    """Also where the tests run in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("no_gpu", "heeds_ctrl_c")
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_build_that_is_interrupted_stops_and_says_so(rtx: Flavour, steps: int) -> None:

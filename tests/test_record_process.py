@@ -280,6 +280,7 @@ def test_nobody_waits_to_tell_a_recorder_that_hangs(beside: Callable[..., Beside
     run.records(2)
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
 def test_second_interrupt_gives_up_a_recorder_that_hangs_with_a_word(
     beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch

@@ -566,7 +566,7 @@ def test_overload_drops_frames_and_mixes_none(rig: Any, bench: Any, slots: int) 
 
 
 @pytest.mark.parametrize("name", ["upload", "record", "launch", "synchronize"])
-def test_a_gpu_that_fails_now_and_then_costs_those_batches_only(rig: Any, bench: Any, name: str) -> None:
+def test_a_gpu_that_fails_now_and_then_costs_those_batches_at_most(rig: Any, bench: Any, name: str) -> None:
     b = bench()
     run = rig({"overrun": Overrun.block, "slots": 4, "max_batch": 1}, engine=b.engine)
     b.gpu.fail(name, after=7, times=2)
@@ -575,7 +575,8 @@ def test_a_gpu_that_fails_now_and_then_costs_those_batches_only(rig: Any, bench:
         run.camera.send_multipart(message(n, pixels(n, SHAPE, "uint16")))
     ledger = run.wait(lambda ledger: ledger["received"] == 60 and ledger["in_flight"] == 0)
     numbers = check_published(run, [(SHAPE, "uint16")], 1)
-    assert 1 <= ledger["failed"] <= 2
+    assert ledger["failed"] <= 1  # a batch is tried twice
+    assert b.gpu.calls[name] >= 60
     assert len(numbers) == 60 - ledger["failed"]
     assert numbers == sorted(numbers)
 
@@ -1084,7 +1085,7 @@ def test_two_gpus_share_a_service_and_one_of_them_fails(rig: Any) -> None:
         run.camera.send_multipart(message(n, pixels(n, SHAPE, "uint16")))
     ledger = run.wait(lambda ledger: ledger["received"] == 200 and ledger["in_flight"] == 0)
     numbers = check_published(run, [(SHAPE, "uint16")], 1)
-    assert 1 <= ledger["failed"] <= 3
+    assert ledger["failed"] <= 1
     assert len(numbers) == 200 - ledger["failed"]
     assert numbers == sorted(numbers)
     assert gpus[1].calls["upload"] >= 11

@@ -18,7 +18,7 @@ import math
 import re
 import shlex
 import struct
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -206,15 +206,24 @@ def _split(rest: memoryview) -> tuple[Record, memoryview]:
 def _made(kind: Any, values: Any) -> Any:
     """The dataclass `kind` of what JSON holds; raises ValueError unless it has all fields, each of its type."""
     kinds = get_type_hints(kind)
-    if unknown := set(values) ^ set(kinds):
+    optional = {field.name for field in fields(kind) if field.default is None}
+    if unknown := (set(values) ^ set(kinds)) - (optional - set(values)):
         raise ValueError(f"fields {', '.join(sorted(unknown))} are missing or unknown")
     made = {}
-    for name, wanted in kinds.items():
-        value = tuple(values[name]) if isinstance(values[name], list) else values[name]
+    for name, value in values.items():
+        wanted, value = kinds[name], _as_tuples(value)
+        if name in optional:
+            if value is None:
+                continue
+            wanted = get_args(wanted)[0]
         made[name] = _made(wanted, value) if is_dataclass(wanted) else value
         if not _is(made[name], wanted):
             raise ValueError(f"{name} cannot be {value!r}")
     return kind(**made)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _is(value: Any, wanted: Any) -> bool:
@@ -223,6 +232,8 @@ def _is(value: Any, wanted: Any) -> bool:
         if not isinstance(value, tuple) or (len(value) != len(kinds) and kinds[-1] is not Ellipsis):
             return False
         return all(_is(each, kinds[0]) for each in value)
+    if get_origin(wanted) is dict:
+        return isinstance(value, dict)
     if wanted is float:
         wanted = int | float
     return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
