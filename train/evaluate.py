@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         group_of(images.parameters[0], key)
     if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:
         raise ValueError(f"{arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
-    engines = _load_engines(arguments.engines)
+    engines = _load_engines(arguments.engines, arguments.device)
     for engine in engines.values():
         if isinstance(engine, _Checkpoint):
             engine.trained.refuse_seen(images.parameters)
@@ -228,6 +228,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--by", nargs="+", choices=list(TITLES), default=[])
     parser.add_argument("--surface", action="store_true")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cuda: runs' networks on a GPU")
     parser.add_argument("--out", type=Path, metavar="DIR")
     arguments = parser.parse_args(argv)
     if (arguments.by or arguments.speed) and not arguments.out:
@@ -240,20 +241,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class _Checkpoint:
-    """A run's network as an engine: PyTorch, float32, on the CPU."""
+    """A run's network as an engine: PyTorch, float32."""
 
-    def __init__(self, path: Path) -> None:
-        self.trained = networks.load(path)
+    def __init__(self, path: Path, device: str) -> None:
+        self.trained = networks.load(path, device)
         self.name, self.denoise = self.trained.name, self.trained.denoise
-        self.device = f"CPU, f32, PyTorch {torch.__version__.split('+')[0]}"
+        processor = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+        self.device = f"{processor}, f32, PyTorch {torch.__version__.split('+')[0]}"
         self.identity = {"name": self.name, "checkpoint": str(path), "device": self.device}
 
 
-def _load_engines(paths: Sequence[Path]) -> dict[str, Any]:
+def _load_engines(paths: Sequence[Path], device: str) -> dict[str, Any]:
     """Engines by a name of their own: where that is taken, their file's ending is in it, or it is the whole path."""
     if twice := [path for n, path in enumerate(paths) if path in paths[:n]]:
         raise ValueError(f"{twice[0]} is named twice; name it once")
-    engines = [_Checkpoint(path) if path.suffix == ".pt" else load_engine(path) for path in paths]
+    engines = [_Checkpoint(path, device) if path.suffix == ".pt" else load_engine(path) for path in paths]
     names = [engine.name for engine in engines]
     for longer in (lambda name, path: f"{name}{path.suffix}", lambda _, path: str(path)):
         taken = [NOISY, CLEAN, *baselines.BASELINES, *names]

@@ -185,14 +185,14 @@ def steps(out: Path, scale: Scale) -> Iterator[Step]:
         needs=(simulated["test"], tuning, *rows.values(), *members),
     )  # fmt: skip
     yield step(
-        "evaluate", "evaluate", *(row.output for row in tem), data / "test", "--every", scale.every,
+        "evaluate", "evaluate", *(row.output for row in tem), data / "test", *common,
         "--baselines", tuned, "--by", "thickness_nm", "tilt", "defocus_nm", "defect", "contrast",
         "--surface", "--speed", "--out", out / "evaluation", output=out / "evaluation" / "evaluate.md",
         needs=(simulated["test"], tuning, *tem),
     )  # fmt: skip
     few = tuple(rows[row] for row in DOSE_ROWS)
     yield step(
-        "doses", "evaluate", *(row.output for row in few), data / "test", "--every", scale.every,
+        "doses", "evaluate", *(row.output for row in few), data / "test", *common,
         "--doses", *DOSES, "--out", out / "doses", output=out / "doses" / "evaluate.md",
         needs=(simulated["test"], *few),
     )  # fmt: skip

@@ -564,6 +564,14 @@ def test_networks_are_not_tested_on_specimens_that_they_were_trained_on(
     networks.load(path).refuse_seen([{"seed": 98, "material": "au_srtio3"}, {"seed": 100}])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "Images", ToyImages)
+    path = best(tmp_path / "run")
+    with pytest.raises(SystemExit, match="there is no GPU for device cuda; take cpu"):
+        evaluate.main([str(path), "toy", "--device", "cuda"])
+
+
 def test_specimens_of_the_weights_it_began_from_count_as_seen(tmp_path: Path) -> None:
     began = {"seeds": [0, 9], "materials": ["pt_ceo2"]}
     training = {"seeds": [10, 19], "materials": ["pt_ceo2"], "began_from": began}

@@ -66,6 +66,15 @@ def test_one_data_set_serves_both_matrices_and_everything_else(tmp_path: Path) -
     assert {str(tmp_path / "runs" / row / "best.pt") for row in TEM_ROWS} < set(evaluated)
 
 
+@pytest.mark.parametrize(("scale", "device"), [(SMALL, "cpu"), (FULL, "cuda")])
+@pytest.mark.parametrize("name", ["tables", "evaluate", "doses"])
+def test_networks_are_scored_where_they_are_trained(
+    tmp_path: Path, scale: reproduce.Scale, device: str, name: str
+) -> None:
+    command = chain(tmp_path, scale)[name].command
+    assert command[command.index("--device") + 1] == device
+
+
 @pytest.mark.parametrize("scale", [SMALL, FULL])
 def test_every_recipe_of_the_chain_can_be_read(tmp_path: Path, scale: reproduce.Scale) -> None:
     for step in chain(tmp_path, scale).values():
