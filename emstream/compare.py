@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from emstream.errors import FileFormatError
+from emstream.movies import check_place
 
 SUFFIXES = (".mp4", ".gif", ".png")
 SHEET_FRAMES = 4
@@ -36,12 +37,7 @@ def check_comparison(path: Path, overwrite: bool = False, rate: float = 10.0) ->
     """Raise FileFormatError for a path and ValueError for a `rate` [frames/s] that `Comparison` would refuse."""
     if path.suffix.lower() not in SUFFIXES:
         raise FileFormatError(f"{path}: a comparison is one of {', '.join(SUFFIXES)}, got {path.suffix!r}")
-    if not path.parent.is_dir():
-        raise FileFormatError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise FileFormatError(f"{path} cannot be written: it is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise FileFormatError(f"{path} exists already; choose another name or allow it to be overwritten")
+    check_place(path, overwrite)
     if importlib.util.find_spec("PIL") is None:
         raise FileFormatError(f"{path} needs the package pillow: pip install 'emstream[files]'")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("av") is None:

@@ -19,6 +19,10 @@ class Door:
     insecure: bool = False
     """Anybody who can reach it."""
 
+    def stands_open(self, endpoint: str) -> bool:
+        """Whether anybody on the network could come in at `endpoint`, which nobody allowed."""
+        return not self.keeper and not self.insecure and reachable(endpoint)
+
 
 def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> str:
     """Bind `socket` and return the endpoint with its real port, or close it and raise OutputError.
@@ -29,7 +33,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
     port = endpoint.rpartition(":")[2]
     if endpoint.startswith("tcp:") and port.isdigit() and int(port) > 65535:
         problem = "ports end at 65535"  # ZeroMQ would silently take another one
-    elif door and not door.keeper and not door.insecure and reachable(endpoint):
+    elif door and door.stands_open(endpoint):
         problem = (
             "other machines can reach it, and anybody there could look on; give --key and --admit "
             "(emstream keygen makes keys), or --insecure on a network where that is no harm"

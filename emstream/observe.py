@@ -6,10 +6,11 @@ most; what they tell (`emstream.trust`) is computed behind its back.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from dataclasses import dataclass
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ class Observer:
                 self._queue.put_nowait(None)
                 break
             except Full:
-                self._queue.get_nowait()
+                with contextlib.suppress(Empty):  # its thread was quicker
+                    self._queue.get_nowait()
         self._thread.join()
 
     def see(self, slot: Slot) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import time
 from dataclasses import asdict
 from typing import Any
@@ -237,6 +238,21 @@ def test_pairs_are_taken_now_and_then(clock: list[int]) -> None:
 
 def test_engine_without_a_network_is_not_judged(clock: list[int]) -> None:
     assert seen([[1], [2]], clock, Maker({"sha256": None}, None)) == []
+
+
+def test_observer_closes_while_its_thread_empties_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = Observer()
+    observer.start()
+    put, full = observer._queue.put_nowait, [True]
+
+    def full_at_first(item: Any) -> None:
+        if full and full.pop():
+            raise queue.Full
+        put(item)
+
+    monkeypatch.setattr(observer._queue, "put_nowait", full_at_first)
+    observer.close()
+    assert not observer._thread.is_alive()
 
 
 def test_another_engine_begins_anew(clock: list[int]) -> None:

@@ -132,6 +132,11 @@ def save_movie(
 def check_output(path: Path, overwrite: bool = False) -> None:
     """Raise FileFormatError for a path that `save_movie` would refuse."""
     _format(path, SUFFIXES)
+    check_place(path, overwrite)
+
+
+def check_place(path: Path, overwrite: bool = False) -> None:
+    """Raise FileFormatError where no file can be written, or one is there already."""
     if not path.parent.is_dir():
         raise FileFormatError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
     if path.is_dir():

@@ -108,14 +108,17 @@ class Url:
     def path(self) -> str:
         return unquote(self.parts.netloc + self.parts.path)
 
-    def host_port(self, default_port: int | None = None) -> tuple[str, int]:
-        """What stands behind the ``//``; an address of IPv6 without its brackets."""
+    def host_port(self, default_port: int | None = None, scheme: str | None = None) -> tuple[str, int]:
+        """What stands behind the ``//``; an address of IPv6 without its brackets.
+
+        `scheme` is what an error proposes, by default the URL's own.
+        """
         try:
             port = self.parts.port or default_port
         except ValueError:
             port = None
         if not self.parts.hostname or not port:
-            raise ValueError(f"--input {self.text!r}: expected {self.parts.scheme}://HOST:PORT")
+            raise ValueError(f"--input {self.text!r}: expected {scheme or self.parts.scheme}://HOST:PORT")
         return self.parts.hostname, port
 
     def expect(self, *known: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from emstream.endpoint import Door, last_endpoint, reachable
+from emstream.endpoint import Door, last_endpoint
 from emstream.errors import SourceError
 from emstream.intake import Intake
 from emstream.keys import Peer
@@ -31,12 +31,7 @@ def address(url: Url, scheme: str, default_port: int | None = None) -> str:
         if not url.path:
             raise ValueError(f"--input {url.text!r}: expected ipc://PATH")
         return f"ipc://{url.parts.netloc}{url.parts.path}"
-    try:
-        port = url.parts.port or default_port
-    except ValueError:
-        port = None
-    if not url.parts.hostname or not port:
-        raise ValueError(f"--input {url.text!r}: expected {scheme}://HOST:PORT")
+    _, port = url.host_port(default_port, scheme)
     host = url.parts.netloc.rpartition(":")[0] if url.parts.port else url.parts.netloc.rstrip(":")
     return f"tcp://{host}:{port}{url.parts.path}"
 
@@ -72,7 +67,7 @@ class Connection:
         self.socket.tcp_keepalive_cnt = 3
         if kind == zmq.SUB:
             self.socket.subscribe(topic)
-        if bind and door and not door.keeper and not door.insecure and reachable(endpoint):
+        if bind and door and door.stands_open(endpoint):
             self.socket.close()
             raise SourceError(
                 f"cannot open {endpoint} for input: other machines can reach it, and anybody there could send "
