@@ -35,7 +35,7 @@ def test_corrupt_model_is_named(tmp_path: Path) -> None:
 
 
 def test_signal_is_heard_after_engines_came_and_went() -> None:
-    """As when one was loaded again or swapped for another: in a process of its own, for it would take this one along."""
+    """As when one was loaded again or swapped for another; in a process of its own, which it may end."""
     program = f"""
         import signal, threading
         from pathlib import Path
