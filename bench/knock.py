@@ -6,8 +6,8 @@
 
 One service, one camera that keeps to its schedule, one run, in turns: nobody knocks, clients of one kind
 knock, and again, so that what the machine does meanwhile falls on all alike. Each client connects once, subscribes to
-everything, and waits until ZeroMQ tells how the handshake ended; --at-once at a time, as fast as that goes. They
-share the machine's cores here, so they stand back (nice).
+everything, and waits until ZeroMQ tells how the handshake ended; --at-once at a time, --per-s of them. They share
+the machine's cores here, so they stand back (nice).
 
 Latency: from the moment when a frame was *due* at the camera to its receipt by the subscriber. Processor time
 of a client: what the service used in the turns of its kind, less what it uses when nobody knocks. Memory and open
@@ -57,13 +57,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = report.parser("knock", __doc__)
     parser.add_argument("--connections", type=int, default=10_000, help="in all (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=50, help="clients at a time (default: %(default)s)")
+    parser.add_argument("--per-s", type=float, default=200, help="clients per second (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5, help="of a turn without them (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="frames of SIZE x SIZE (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=40, help="frames/s (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if min(arguments.connections, arguments.at_once, arguments.rounds, arguments.rate, arguments.seconds) <= 0:
-        parser.error("--connections, --at-once, --rounds, --seconds and --rate must be positive")
+    positive = ("connections", "at_once", "per_s", "rounds", "seconds", "rate")
+    if min(getattr(arguments, name) for name in positive) <= 0:
+        parser.error(", ".join(f"--{name.replace('_', '-')}" for name in positive) + " must be positive")
     if not zmq.has("curve"):
         raise SystemExit("this libzmq has no CURVE")
     if arguments.quick:
@@ -99,7 +101,7 @@ def knock(arguments: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         with Program(folder, *options) as service:
             subscriber = children.start(_subscriber, service.output, receipts_endpoint, folder)
-            stranger = children.start(_stranger, service.output, folder, arguments.at_once)
+            stranger = children.start(_stranger, service.output, folder, arguments.at_once, arguments.per_s)
             camera.answer()  # warm
             stranger.tell((KINDS[0], 1))  # it is up
             stranger.answer()
@@ -221,13 +223,14 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str, folder:
     receipts, wrong = [], 0
     for received_ns, header, pixels in subscriber.frames():
         number = subscriber.arrived - 1
-        wrong += header["frame"] != number or np.frombuffer(pixels, np.float32, 1)[0] != number % rig.PATTERNS
+        pattern = int(np.frombuffer(pixels, np.float32, 1)[0])
+        wrong += header["frame"] != number or pattern != number % rig.PATTERNS
         receipts.append((header["scheduled_ns"], received_ns))
     subscriber.close()
     pipe.send((receipts, wrong))
 
 
-def _stranger(pipe: Connection, endpoint: str, folder: Path, at_once: int) -> None:
+def _stranger(pipe: Connection, endpoint: str, folder: Path, at_once: int, per_s: float) -> None:
     """Knocks as often as it is told, until it is told None; says what came of it."""
     os.nice(_NICE)
     of_key = {name: folder / f"{name}.key_secret" for name in ("display", "stranger")}
@@ -239,7 +242,9 @@ def _stranger(pipe: Connection, endpoint: str, folder: Path, at_once: int) -> No
     while (told := pipe.recv()) is not None:
         kind, count = told
         seen: Counter[str] = Counter()
+        begin_s = time.monotonic()
         while count > seen["tried"]:
+            time.sleep(max(0.0, begin_s + seen["tried"] / per_s - time.monotonic()))
             seen += _knock(endpoint, peers[kind], min(at_once, count - seen["tried"]))
         pipe.send(seen)
 

@@ -42,6 +42,7 @@ GROWTH = 0.05  # of the memory, from the first minute to the last
 PARTS = {"engine": "the default engine", "identity64": "identity, 64x64", "identity512": "identity, 512x512"}
 _SIZES = {"engine": 512, "identity64": 64, "identity512": 512}
 _WINDOW, _WINDOW_OF_IDENTITY = 4, 48
+_QUEUE_WINDOWS = 4  # ZeroMQ's sender hears only every half queue how much has been read
 _WARM_UP_S, _MINUTE_S = 10.0, 60.0
 _POINTS = 200  # of a plot
 _COLUMNS = ("seconds", "rss_mib", "fds", "threads", "cpu_s", "frames", "p50_ms", "p99_ms")
@@ -95,7 +96,10 @@ def part(name: str, arguments: argparse.Namespace, folder: Path, show: Callable[
     with tempfile.TemporaryDirectory() as temporary, rig.Children() as children:
         camera = children.start(_camera, size, window, frames, seconds)
         endpoint, receipts_endpoint = camera.answer()
-        options = ["--input", f"pull+{endpoint}", "--output", rig.ANYWHERE, "--expect", f"{size}x{size}:uint8"]
+        options = [
+            "--input", f"pull+{endpoint}", "--output", rig.ANYWHERE, "--expect", f"{size}x{size}:uint8",
+            "--queue", str(_QUEUE_WINDOWS * window),
+        ]  # fmt: skip
         with Program(Path(temporary), *options, *(["--engine", engine] if engine else [])) as service:
             subscriber = children.start(_subscriber, service.output, receipts_endpoint, every_s)
             camera.answer()  # the whole line is connected
@@ -160,7 +164,6 @@ class _Rows:
         slope = np.polyfit(times_s[warm] / 3600, rss_mib[warm], 1)[0] if warm.sum() > 1 else None
         p99_ms = [report.percentiles(self._of(span)) for span in (first, last)]
         rss = [float(np.median(rss_mib[span])) for span in (first, last)]
-        of_first, of_last = (np.flatnonzero(span)[-1] for span in (first, last))
         return {
             "seconds": round(total_s, 1),
             "frames_per_s": round(self.frames / total_s, 2),
@@ -173,11 +176,15 @@ class _Rows:
                 "growth": round(rss[1] / rss[0] - 1, 4),
                 "slope_per_hour": None if slope is None else round(float(slope), 2),
             },
-            "fds": {"first": self._samples[of_first].fds, "last": self._samples[of_last].fds},
-            "threads": {"first": self._samples[of_first].threads, "last": self._samples[of_last].threads},
+            "fds": self._medians("fds", first, last),
+            "threads": self._medians("threads", first, last),
             "cpu_per_s": round((self._samples[-1].cpu_s - self._samples[0].cpu_s) / max(total_s, 1e-9), 3),
             "series": self._series(times_s, rss_mib),
         }
+
+    def _medians(self, what: str, first: np.ndarray, last: np.ndarray) -> dict[str, int]:
+        values = np.array([getattr(sample, what) for sample in self._samples])
+        return {"first": int(np.median(values[first])), "last": int(np.median(values[last]))}
 
     def _of(self, span: np.ndarray) -> np.ndarray:
         return np.concatenate([self._latencies_ms[row] for row in np.flatnonzero(span)])
@@ -221,7 +228,7 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str, every_s
         latencies_ms.append((stages["published"] - stages["received"]) / 1e6)
         wrong += header["frame"] != expected
         if header["engine"]["name"] == "identity":
-            wrong += np.frombuffer(pixels, np.float32, 1)[0] != expected % rig.PATTERNS
+            wrong += int(np.frombuffer(pixels, np.float32, 1)[0]) != expected % rig.PATTERNS
         expected = header["frame"] + 1
         if time.monotonic() >= due_s:
             pipe.send(np.array(latencies_ms, np.float32))

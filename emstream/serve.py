@@ -26,6 +26,7 @@ from emstream.endpoint import Door, reachable
 from emstream.errors import (
     EmstreamError,
     EngineError,
+    EngineNotFound,
     EngineUnavailable,
     FileFormatError,
     MalformedFrame,
@@ -327,7 +328,7 @@ def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
 
     try:
         return load(settings.device)
-    except EngineUnavailable:
+    except (EngineNotFound, EngineUnavailable):
         raise
     except EngineError as error:
         if settings.device != "auto" or (settings.engine and Path(settings.engine).suffix != ".onnx"):
