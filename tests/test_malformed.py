@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ def test_each_message_is_rejected(context: Any) -> None:
         source._receive(intake)
         assert ledger.snapshot()["rejected"] == ledger.snapshot()["received"] == n + 1, (kind, parts)
     assert ring.claim(block=False) is None
+    camera.close()
+    stopped = threading.Event()
+    stopped.set()
+    source.run(intake, stopped)  # which closes it
 
 
 def test_each_question_is_refused() -> None:
