@@ -89,8 +89,8 @@ class Stage:
         self.appear()
         self.program = Program(
             self.folder, "--engine", "identity", "--overrun", "block", "--slots", "64", "--queue", "1000000",
-            "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out", "--expect", "64x64:uint8",
-            "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
+            "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
+            "--expect", "64x64:uint8", "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
         )  # fmt: skip
         self.service = self.program.process
         self._stop = threading.Event()

@@ -46,7 +46,9 @@ _STATUS = wire.pack({"do": "status"})
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     parser = report.parser("flood", __doc__)
-    parser.add_argument("--messages", type=int, default=1_000_000, help="on each socket (default: %(default)s)")
+    parser.add_argument(
+        "--messages", type=int, default=1_000_000, help="on each socket (default: %(default)s)"
+    )
     parser.add_argument("--every", type=int, default=500, help="between good ones (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -113,7 +115,7 @@ def flood(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _follow(flooder: rig.Child, service: Program, show: Callable[[int], None]) -> dict[str, Any]:
-    """What a flood came to and cost; `flooder` says how many messages it has sent, for the first time when all is warm."""
+    """What a flood came to and cost; `flooder` says how many messages it has sent, from when all is warm."""
     flooder.answer()
     begin_s, log_bytes, before = time.monotonic(), service.log_bytes, service.sample()
     with Watch(service, 0.2) as watch:
@@ -182,7 +184,9 @@ def _client(pipe: Connection, control: str, arguments: argparse.Namespace) -> No
         socket.connect(control)
         rng, kinds = random.Random(arguments.seed), Counter[str]()
         due: list[bool] = []  # of each answer to come, whether it is one to a question that makes sense
-        answered: Counter[str] = Counter(dict.fromkeys(("refusable", "refused", "good", "answered", "wrong"), 0))
+        answered: Counter[str] = Counter(
+            dict.fromkeys(("refusable", "refused", "good", "answered", "wrong"), 0)
+        )
 
         def hear(left: int) -> None:
             while len(due) > left:
@@ -219,7 +223,8 @@ def _client(pipe: Connection, control: str, arguments: argparse.Namespace) -> No
 def _markdown(results: dict[str, Any]) -> str:
     sockets = {"input": results["input"], "control": results["control"]}
     columns = ["socket", "malformed", "refused", "good ones sent", "came through", "wrong", "seconds",
-               "memory before [MiB]", "after", "at most", "in the second half", "files open before", "after", "log grown [kB]"]  # fmt: skip
+               "memory before [MiB]", "after", "at most", "in the second half",
+               "files open before", "after", "log grown [kB]"]  # fmt: skip
     rows = []
     for name, each in sockets.items():
         on_input = name == "input"

@@ -11,7 +11,7 @@ the machine's cores here, so they stand back (nice).
 
 Latency: from the moment when a frame was *due* at the camera to its receipt by the subscriber. Processor time
 of a client: what the service used in the turns of its kind, less what it uses when nobody knocks. Memory and open
-files are sampled ten times a second.
+files are sampled ten times a second, from when --at-once of each kind have been there.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ TAIL = 0.2  # of the p99 when nobody knocks
 GROWTH = 0.05  # of the memory
 _PATIENCE_S = 5.0  # of a client
 _SETTLE_S = 10.0
+_REST_S = 0.5
 _WARM_UP = 20  # frames
 _NICE = 10
 _FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _OVER = _FAILED | zmq.EVENT_DISCONNECTED
 _EVENTS = _OVER | zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -59,7 +62,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--at-once", type=int, default=50, help="clients at a time (default: %(default)s)")
     parser.add_argument("--per-s", type=float, default=200, help="clients per second (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5, help="of a turn without them (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=5, help="of a turn without them (default: %(default)s)"
+    )
     parser.add_argument("--size", type=int, default=512, help="frames of SIZE x SIZE (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=40, help="frames/s (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -103,8 +108,10 @@ def knock(arguments: argparse.Namespace) -> dict[str, Any]:
             subscriber = children.start(_subscriber, service.output, receipts_endpoint, folder)
             stranger = children.start(_stranger, service.output, folder, arguments.at_once, arguments.per_s)
             camera.answer()  # warm
-            stranger.tell((KINDS[0], 1))  # it is up
-            stranger.answer()
+            for kind in KINDS:
+                stranger.tell((kind, arguments.at_once))
+                stranger.answer()
+            time.sleep(_REST_S)
             before, log_bytes = service.sample(), service.log_bytes
             with Watch(service, 0.1) as watch:
                 for turn, kind in enumerate(turns):
@@ -129,10 +136,14 @@ def knock(arguments: argparse.Namespace) -> dict[str, Any]:
         "wrong": wrong,
         "lost": sent - len(receipts),
         "ledger": ledger,
-        "exact": adds_up(ledger) and sent == ledger["received"] == ledger["published"] and not ledger["missing"],
+        "exact": adds_up(ledger)
+        and sent == ledger["received"] == ledger["published"]
+        and not ledger["missing"],
         "camera_late_ms": late_ms,
         "kinds": _kinds(spans, receipts, outcomes),
-        "rss_mib": {name: round(value / MIB, 1) for name, value in _course(before, watch, after, "rss_bytes").items()},
+        "rss_mib": {
+            name: round(value / MIB, 1) for name, value in _course(before, watch, after, "rss_bytes").items()
+        },
         "fds": _course(before, watch, after, "fds"),
         "log_kb": log_kb,
     }
@@ -161,7 +172,9 @@ def _course(before: Sample, watch: Watch, after: Sample, what: str) -> dict[str,
 
 
 def _kinds(
-    spans: list[tuple[str, int, int, float]], receipts: list[tuple[int, int]], outcomes: dict[str, Counter[str]]
+    spans: list[tuple[str, int, int, float]],
+    receipts: list[tuple[int, int]],
+    outcomes: dict[str, Counter[str]],
 ) -> dict[str, Any]:
     """Of each kind of turn what the clients saw, what they cost, and the latency meanwhile."""
     quiet = [(end_ns - begin_ns, cpu_s) for kind, begin_ns, end_ns, cpu_s in spans if kind == QUIET]
@@ -292,8 +305,8 @@ def _knock(endpoint: str, peer: Peer | None, count: int) -> Counter[str]:
 def _markdown(results: dict[str, Any]) -> str:
     kinds = results["kinds"]
     knocking = [kinds[kind] for kind in KINDS]
-    columns = ["turn", "connections tried", "handshakes done", "messages got", "tried per s", "processor time each [ms]",
-               "frames", *report.PERCENTILES, "processor of the service"]  # fmt: skip
+    columns = ["turn", "connections tried", "handshakes done", "messages got", "tried per s",
+               "processor time each [ms]", "frames", *report.PERCENTILES, "processor of the service"]  # fmt: skip
     rows = [
         [kind, each.get("tried"), each.get("let_in"), each.get("messages"), each.get("per_s"), each.get("cpu_ms_each"),
          each["frames"], *each["latency_ms"].values(), f"{each['cpu_per_s']:.1%}"]
@@ -304,7 +317,8 @@ def _markdown(results: dict[str, Any]) -> str:
     ratios = [each["latency_ms"]["p99"] / quiet for each in knocking if quiet and each["latency_ms"]["p99"]]
     got = sum(each["messages"] + each["let_in"] for each in knocking)
     targets = [
-        ["nobody without the key gets a message", f"{got} of {sum(each['tried'] for each in knocking):,}", verdict(not got)],
+        ["nobody without the key gets a message", f"{got} of {sum(each['tried'] for each in knocking):,}",
+         verdict(not got)],
         ["the subscriber that is admitted loses no frame", f"{results['lost']} lost, {results['wrong']} wrong",
          verdict(results["exact"] and not results["lost"] and not results["wrong"])],
         ["as many open files afterwards", f"{fds['before']}, {fds['max']} at most, {fds['after']}",
@@ -317,8 +331,8 @@ def _markdown(results: dict[str, Any]) -> str:
     dark = sum(each["in_the_dark"] for each in knocking)
     return "\n\n".join(
         [
-            f"{results['size']}x{results['size']} uint8 at {results['rate_per_s']:g} frames/s, identity engine, encrypted. "
-            "Latency from the camera's schedule to the subscriber [ms].",
+            f"{results['size']}x{results['size']} uint8 at {results['rate_per_s']:g} frames/s, identity engine, "
+            "encrypted. Latency from the camera's schedule to the subscriber [ms].",
             report.table(columns, rows),
             report.table(["target", "measured", ""], targets),
             f"The log grew by {results['log_kb']:g} kB. {dark:,} clients were never told how their handshake ended.",

@@ -118,7 +118,12 @@ def bomb(rng: random.Random) -> bytes:
         return b"\x85" + _HEADER[1:] + b"\xa1x" + b"\x91" * min(depth, _LARGEST - 100) + b"\xc0"
     if kind == 4:
         return b'{"x":' + b"[" * min(depth, _LARGEST - 5)
-    return b"\x81\xa1x" + b"\xc6" + (2 * _LARGEST).to_bytes(4, "big") + bytes(rng.randrange(_LARGEST, 2 * _LARGEST))
+    return (
+        b"\x81\xa1x"
+        + b"\xc6"
+        + (2 * _LARGEST).to_bytes(4, "big")
+        + bytes(rng.randrange(_LARGEST, 2 * _LARGEST))
+    )
 
 
 # -- for a control socket ----------------------------------------------------------------
@@ -156,8 +161,9 @@ def _order_bomb(rng: random.Random) -> list[bytes]:
 
 
 _MESSAGES: dict[str, Callable[[random.Random], list[bytes]]] = {
-    "truncated": _truncated, "one bit flipped": _flipped, "absurd header": _absurd, "wrong number of parts": _wrong_parts,
-    "random bytes": _random, "bomb": _bomb, "pixels that are no numbers": _not_numbers,
+    "truncated": _truncated, "one bit flipped": _flipped, "absurd header": _absurd,
+    "wrong number of parts": _wrong_parts, "random bytes": _random, "bomb": _bomb,
+    "pixels that are no numbers": _not_numbers,
 }  # fmt: skip
 _QUESTIONS: dict[str, Callable[[random.Random], list[bytes]]] = {
     "truncated": _cut_order, "absurd order": _absurd_order, "wrong number of parts": _not_asked,

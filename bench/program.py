@@ -48,7 +48,11 @@ class Program:
         self.log_path = folder / "service.log"
         command = [sys.executable, "-m", "emstream", "serve", "--json", *options]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log_path.open("w"), text=True, preexec_fn=_with_parent
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self.log_path.open("w"),
+            text=True,
+            preexec_fn=_with_parent,
         )
         self._seen = psutil.Process(self.process.pid)
         try:

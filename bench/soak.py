@@ -1,4 +1,4 @@
-"""Does a service that is left running at its full rate stay as it is: memory, open files, latency, and not a frame lost?
+"""Does a service left running at its full rate stay as it is: memory, open files, latency, and not a frame lost?
 
     camera ──PUSH──▶ [emstream serve] ──XPUB──▶ subscriber
        ▲                                            │
@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     parser = report.parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=30, help="of the engine (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=1_000_000, help="of each identity (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=int, default=1_000_000, help="of each identity (default: %(default)s)"
+    )
     parser.add_argument("--engine", help="model file of the first part (default: the shipped engine)")
     parser.add_argument("--window", type=int, default=_WINDOW, help="frames under way (default: %(default)s)")
     parser.add_argument(
@@ -86,7 +88,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def part(name: str, arguments: argparse.Namespace, folder: Path, show: Callable[[float], None]) -> dict[str, Any]:
+def part(
+    name: str, arguments: argparse.Namespace, folder: Path, show: Callable[[float], None]
+) -> dict[str, Any]:
     """One service, from its start to its end."""
     size, identity = _SIZES[name], name != "engine"
     window = _WINDOW_OF_IDENTITY if identity else arguments.window
@@ -148,8 +152,8 @@ class _Rows:
         self._latencies_ms.append(latencies_ms)
         self.frames += len(latencies_ms)
         tail = report.percentiles(latencies_ms)
-        row = (round(sample.monotonic_s - self._begin_s, 3), round(sample.rss_bytes / MIB, 2), sample.fds, sample.threads,
-               round(sample.cpu_s, 2), len(latencies_ms), tail["p50"], tail["p99"])  # fmt: skip
+        row = (round(sample.monotonic_s - self._begin_s, 3), round(sample.rss_bytes / MIB, 2), sample.fds,
+               sample.threads, round(sample.cpu_s, 2), len(latencies_ms), tail["p50"], tail["p99"])  # fmt: skip
         with self._path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
 
@@ -246,20 +250,21 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str, every_s
 
 def _markdown(results: dict[str, Any]) -> str:
     columns = ["service", "frames", "minutes", "frames/s", "lost", "wrong", "ledger exact", "p99, first minute [ms]",
-               "last", "memory, first minute [MiB]", "last", "slope [MiB/hour]", "files open, first", "last", "threads, first",
-               "last"]  # fmt: skip
+               "last", "memory, first minute [MiB]", "last", "slope [MiB/hour]", "files open, first", "last",
+               "threads, first", "last"]  # fmt: skip
     rows, targets = [], []
     for name, each in results["parts"].items():
         latency, rss = each["latency_ms"], each["rss_mib"]
         rows.append(
-            [PARTS[name], each["arrived"], f"{each['seconds'] / 60:.1f}", each["frames_per_s"], each["lost"], each["wrong"],
-             each["exact"], latency["first"]["p99"], latency["last"]["p99"], rss["first"], rss["last"],
+            [PARTS[name], each["arrived"], f"{each['seconds'] / 60:.1f}", each["frames_per_s"], each["lost"],
+             each["wrong"], each["exact"], latency["first"]["p99"], latency["last"]["p99"], rss["first"], rss["last"],
              rss["slope_per_hour"], *each["fds"].values(), *each["threads"].values()]
         )  # fmt: skip
         targets += [
             [f"{PARTS[name]}: p99 of the last minute within {TAIL:.0%} of the first", f"{each['p99_ratio']:.3f}",
              verdict(abs(each["p99_ratio"] - 1) <= TAIL)],
-            [f"{PARTS[name]}: memory within {GROWTH:.0%}", f"{rss['growth']:+.1%}", verdict(abs(rss["growth"]) <= GROWTH)],
+            [f"{PARTS[name]}: memory within {GROWTH:.0%}", f"{rss['growth']:+.1%}",
+             verdict(abs(rss["growth"]) <= GROWTH)],
             [f"{PARTS[name]}: as many open files", f"{each['fds']['last'] - each['fds']['first']:+d}",
              verdict(each["fds"]["first"] == each["fds"]["last"])],
             [f"{PARTS[name]}: no frame lost or wrong", f"{each['lost']} lost, {each['wrong']} wrong",

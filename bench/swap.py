@@ -20,7 +20,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +44,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = report.parser("swap", __doc__)
     parser.add_argument("--swaps", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument(
-        "--engines", nargs="+", default=ENGINES, help="in turns; model files or identity (default: those that ship)"
+        "--engines",
+        nargs="+",
+        default=ENGINES,
+        help="in turns; model files or identity (default: those that ship)",
     )
     parser.add_argument("--size", type=int, default=512, help="frames of SIZE x SIZE (default: %(default)s)")
     parser.add_argument("--window", type=int, default=_WINDOW, help="frames under way (default: %(default)s)")
@@ -106,7 +108,9 @@ def swap(arguments: argparse.Namespace) -> dict[str, Any]:
         **came,
         "lost": sent - came["arrived"],
         "ledger": ledger,
-        "exact": adds_up(ledger) and sent == ledger["received"] == ledger["published"] and not ledger["missing"],
+        "exact": adds_up(ledger)
+        and sent == ledger["received"] == ledger["published"]
+        and not ledger["missing"],
         "made_by": makers,
         "first_engine": first[0],
         "swaps_seen": sum(made_by == name for *_, name, made_by in orders),
@@ -134,7 +138,10 @@ def _gaps(arrivals_ns: np.ndarray, swaps: list[tuple[int, int]]) -> dict[str, An
         around = (ends_ns > asked_ns) & (begins_ns <= arrived_ns)
         quiet &= ~around
         longest.append(float(gaps_ms[around].max()))
-    return {"gap_ms": report.percentiles(gaps_ms[quiet]), "longest_gap_of_each_swap_ms": report.percentiles(longest)}
+    return {
+        "gap_ms": report.percentiles(gaps_ms[quiet]),
+        "longest_gap_of_each_swap_ms": report.percentiles(longest),
+    }
 
 
 # -- the processes -----------------------------------------------------------------------
@@ -178,7 +185,9 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str) -> None
 
 def _markdown(results: dict[str, Any]) -> str:
     rss, gap, longest = results["rss_mib"], results["gap_ms"], results["longest_gap_of_each_swap_ms"]
-    right = [before["first"] + before["frames"] == after["first"] for before, after in pairwise(results["made_by"])]
+    right = [
+        before["first"] + before["frames"] == after["first"] for before, after in pairwise(results["made_by"])
+    ]
     rows = [
         ["frames/s, swaps and all", f"{results['frames_per_s']:.1f}"],
         ["a swap, from the order to its answer, median / longest [s]",

@@ -151,7 +151,9 @@ def numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
 def _is_deeper(value: dict[Any, Any] | list[Any], levels: int) -> bool:
     """Whether maps and lists in one another are more than `levels`, this one counted."""
     inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(isinstance(each, (dict, list)) and _is_deeper(each, levels - 1) for each in inner)
+    return levels == 0 or any(
+        isinstance(each, (dict, list)) and _is_deeper(each, levels - 1) for each in inner
+    )
 
 
 def _is_number(value: Any) -> bool:
