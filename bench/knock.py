@@ -7,7 +7,8 @@
 One service, one camera that keeps to its schedule, one run, in turns: nobody knocks, clients of one kind
 knock, and again, so that what the machine does meanwhile falls on all alike. Each client connects once, subscribes to
 everything, and waits until ZeroMQ tells how the handshake ended; --at-once at a time, --per-s of them. They share
-the machine's cores here, so they stand back (nice).
+the machine's cores here, so they stand back (nice). Last in each round --at-once connect and say nothing at all,
+until the service sends them away.
 
 Latency: from the moment when a frame was *due* at the camera to its receipt by the subscriber. Processor time
 of a client: what the service used in the turns of its kind, less what it uses when nobody knocks. Memory and open
@@ -20,6 +21,7 @@ import argparse
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -39,6 +41,7 @@ from emstream.keys import Peer
 
 QUIET = "nobody knocks"
 KINDS = ("no key", "unknown key", "wrong server key")
+SILENT = "says nothing"
 TAIL = 0.2  # of the p99 when nobody knocks
 GROWTH = 0.05  # of the memory
 _PATIENCE_S = 5.0  # of a client
@@ -88,9 +91,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def knock(arguments: argparse.Namespace) -> dict[str, Any]:
     each_turn = math.ceil(arguments.connections / (len(KINDS) * arguments.rounds))
-    turns = [turn for _ in range(arguments.rounds) for kind in KINDS for turn in (QUIET, kind)]
+    counts = {**dict.fromkeys(KINDS, each_turn), SILENT: min(arguments.at_once, each_turn)}
+    turns = [turn for _ in range(arguments.rounds) for kind in counts for turn in (QUIET, kind)]
     spans: list[tuple[str, int, int, float]] = []
-    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in counts}
     with (
         tempfile.TemporaryDirectory() as name,
         rig.Children() as children,
@@ -120,7 +124,7 @@ def knock(arguments: argparse.Namespace) -> dict[str, Any]:
                     if kind == QUIET:
                         time.sleep(arguments.seconds)
                     else:
-                        stranger.tell((kind, each_turn))
+                        stranger.tell((kind, counts[kind]))
                         outcomes[kind] += stranger.answer(within_s=600)
                     spans.append((kind, begin_ns, time.monotonic_ns(), service.sample().cpu_s - begin.cpu_s))
             after = _settled(service, before)
@@ -180,7 +184,7 @@ def _kinds(
     quiet = [(end_ns - begin_ns, cpu_s) for kind, begin_ns, end_ns, cpu_s in spans if kind == QUIET]
     idle = sum(cpu_s for _, cpu_s in quiet) / sum(span_ns / 1e9 for span_ns, _ in quiet)
     found = {}
-    for kind in (QUIET, *KINDS):
+    for kind in (QUIET, *KINDS, SILENT):
         mine = [span for span in spans if span[0] == kind]
         seconds = sum(end_ns - begin_ns for _, begin_ns, end_ns, _ in mine) / 1e9
         cpu_s = sum(span[3] for span in mine)
@@ -258,26 +262,27 @@ def _stranger(pipe: Connection, endpoint: str, folder: Path, at_once: int, per_s
         begin_s = time.monotonic()
         while count > seen["tried"]:
             time.sleep(max(0.0, begin_s + seen["tried"] / per_s - time.monotonic()))
-            seen += _knock(endpoint, peers[kind], min(at_once, count - seen["tried"]))
+            some = min(at_once, count - seen["tried"])
+            seen += _say_nothing(endpoint, some) if kind == SILENT else _knock(endpoint, peers[kind], some)
         pipe.send(seen)
 
 
 def _knock(endpoint: str, peer: Peer | None, count: int) -> Counter[str]:
     """So many clients at once, each of which connects one time."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    poller, waiting, sockets = zmq.Poller(), {}, []
+    poller, waiting, clients = zmq.Poller(), {}, []
     for _ in range(count):
-        socket = context.socket(zmq.SUB)
-        socket.linger = 0
-        socket.reconnect_ivl = -1
-        socket.subscribe(b"")
+        client = context.socket(zmq.SUB)
+        client.linger = 0
+        client.reconnect_ivl = -1
+        client.subscribe(b"")
         if peer:
-            peer.introduce(socket)
-        monitor = socket.get_monitor_socket(_EVENTS)
+            peer.introduce(client)
+        monitor = client.get_monitor_socket(_EVENTS)
         poller.register(monitor, zmq.POLLIN)
-        waiting[monitor] = socket
-        socket.connect(endpoint)
-        sockets.append((socket, monitor))
+        waiting[monitor] = client
+        client.connect(endpoint)
+        clients.append((client, monitor))
     seen = Counter({"tried": count})
     deadline_s = time.monotonic() + _PATIENCE_S
     while waiting and time.monotonic() < deadline_s:
@@ -288,14 +293,30 @@ def _knock(endpoint: str, peer: Peer | None, count: int) -> Counter[str]:
             if event & _OVER and waiting.pop(monitor, None):
                 poller.unregister(monitor)
     seen["in the dark"] += len(waiting)
-    for socket, monitor in sockets:
-        while socket.poll(0):
-            socket.recv_multipart()
+    for client, monitor in clients:
+        while client.poll(0):
+            client.recv_multipart()
             seen["messages"] += 1
-        socket.disable_monitor()
+        client.disable_monitor()
         monitor.close(linger=0)
-        socket.close()
+        client.close()
     context.term()
+    return seen
+
+
+def _say_nothing(endpoint: str, count: int) -> Counter[str]:
+    """So many connections at once, each held until the other side closes it."""
+    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    seen = Counter({"tried": count})
+    links = [socket.create_connection((host, int(port)), timeout=_SETTLE_S) for _ in range(count)]
+    seen["connected"] = len(links)
+    for link in links:
+        with link:
+            try:
+                while link.recv(1000):  # the greeting
+                    pass
+            except TimeoutError:
+                seen["in the dark"] += 1
     return seen
 
 
@@ -304,7 +325,7 @@ def _knock(endpoint: str, peer: Peer | None, count: int) -> Counter[str]:
 
 def _markdown(results: dict[str, Any]) -> str:
     kinds = results["kinds"]
-    knocking = [kinds[kind] for kind in KINDS]
+    knocking = [kinds[kind] for kind in (*KINDS, SILENT)]
     columns = ["turn", "connections tried", "handshakes done", "messages got", "tried per s",
                "processor time each [ms]", "frames", *report.PERCENTILES, "processor of the service"]  # fmt: skip
     rows = [
@@ -335,7 +356,8 @@ def _markdown(results: dict[str, Any]) -> str:
             "encrypted. Latency from the camera's schedule to the subscriber [ms].",
             report.table(columns, rows),
             report.table(["target", "measured", ""], targets),
-            f"The log grew by {results['log_kb']:g} kB. {dark:,} clients were never told how their handshake ended.",
+            f"The log grew by {results['log_kb']:g} kB. {dark:,} clients were never told how their handshake ended, "
+            f"or never sent away.",
         ]
     )
 

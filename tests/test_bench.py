@@ -224,11 +224,17 @@ def test_flood_is_rejected_to_the_last_message_and_survived(bench: Any) -> None:
 
 def test_stranger_gets_nothing_and_the_admitted_everything(bench: Any) -> None:
     results = bench("knock", "--size", "64", "--connections", "30")
-    assert list(results["kinds"]) == ["nobody knocks", "no key", "unknown key", "wrong server key"]
+    assert list(results["kinds"]) == [
+        "nobody knocks",
+        "no key",
+        "unknown key",
+        "wrong server key",
+        "says nothing",
+    ]
     for kind, each in results["kinds"].items():
         if kind != "nobody knocks":
             assert each["tried"] == each["connected"] == 10
-            assert (each["let_in"], each["messages"]) == (0, 0)
+            assert (each["let_in"], each["messages"], each["in_the_dark"]) == (0, 0, 0)
     assert results["exact"], results["ledger"]
     assert (results["lost"], results["wrong"]) == (0, 0)
     assert results["fds"]["max"] >= results["fds"]["before"] > 1
