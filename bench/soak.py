@@ -14,6 +14,7 @@ latency would be that queue's length and say nothing of the service.
 
 Every second: memory, open files and threads of the service and its children, and the time of each frame from
 received to published. The first ten seconds are warm-up; the first minute after it is held against the last one.
+What others compute on the machine meanwhile is measured, too: it is in every latency.
 Each second is written to soak.PART.csv at once, and each part that is done to the results: what was measured is
 kept when this is killed, and --parts runs the rest.
 """
@@ -21,6 +22,7 @@ kept when this is killed, and --parts runs the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import sys
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from bench import report, rig
 from bench.program import MIB, Program, Sample, adds_up, stream, verdict
@@ -45,7 +48,7 @@ _WINDOW, _WINDOW_OF_IDENTITY = 4, 48
 _QUEUE_WINDOWS = 4  # ZeroMQ's sender hears only every half queue how much has been read
 _WARM_UP_S, _MINUTE_S = 10.0, 60.0
 _POINTS = 200  # of a plot
-_COLUMNS = ("seconds", "rss_mib", "fds", "threads", "cpu_s", "frames", "p50_ms", "p99_ms")
+_COLUMNS = ("seconds", "rss_mib", "fds", "threads", "cpu_s", "others_cores", "frames", "p50_ms", "p99_ms")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -138,6 +141,7 @@ class _Rows:
         self._path = path
         self._begin_s = time.monotonic()
         self._samples: list[Sample] = []
+        self._others_s = [_others_s()]
         self._latencies_ms: list[np.ndarray] = []
         self.frames = 0
         with path.open("w", newline="") as file:
@@ -150,10 +154,14 @@ class _Rows:
     def add(self, sample: Sample, latencies_ms: np.ndarray) -> None:
         self._samples.append(sample)
         self._latencies_ms.append(latencies_ms)
+        self._others_s.append(_others_s())
         self.frames += len(latencies_ms)
+        before_s = self._samples[-2].monotonic_s if len(self._samples) > 1 else self._begin_s
+        others = (self._others_s[-1] - self._others_s[-2]) / (sample.monotonic_s - before_s)
         tail = report.percentiles(latencies_ms)
         row = (round(sample.monotonic_s - self._begin_s, 3), round(sample.rss_bytes / MIB, 2), sample.fds,
-               sample.threads, round(sample.cpu_s, 2), len(latencies_ms), tail["p50"], tail["p99"])  # fmt: skip
+               sample.threads, round(sample.cpu_s, 2), round(others, 2), len(latencies_ms),
+               tail["p50"], tail["p99"])  # fmt: skip
         with self._path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
 
@@ -182,6 +190,7 @@ class _Rows:
             },
             "fds": self._medians("fds", first, last),
             "threads": self._medians("threads", first, last),
+            "others_cores": {"first": self._others(times_s, first), "last": self._others(times_s, last)},
             "cpu_per_s": round((self._samples[-1].cpu_s - self._samples[0].cpu_s) / max(total_s, 1e-9), 3),
             "series": self._series(times_s, rss_mib),
         }
@@ -189,6 +198,13 @@ class _Rows:
     def _medians(self, what: str, first: np.ndarray, last: np.ndarray) -> dict[str, int]:
         values = np.array([getattr(sample, what) for sample in self._samples])
         return {"first": int(np.median(values[first])), "last": int(np.median(values[last]))}
+
+    def _others(self, times_s: np.ndarray, span: np.ndarray) -> float:
+        """Cores that others kept busy."""
+        rows = np.flatnonzero(span)
+        begin_s = times_s[rows[0] - 1] if rows[0] else 0.0
+        spent_s = self._others_s[rows[-1] + 1] - self._others_s[rows[0]]
+        return round(spent_s / float(times_s[rows[-1]] - begin_s), 2)
 
     def _of(self, span: np.ndarray) -> np.ndarray:
         return np.concatenate([self._latencies_ms[row] for row in np.flatnonzero(span)])
@@ -201,6 +217,17 @@ class _Rows:
             p99 = report.percentiles(self._of(span))["p99"]
             made.append([round(float(times_s[rows[-1]]), 1), round(float(rss_mib[rows].max()), 2), p99])
         return made
+
+
+def _others_s() -> float:
+    """Processor time so far of all that is none of this bench's; the kernel's clock ticks 100 times a second."""
+    machine, ours_s = psutil.cpu_times(), 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            ours_s += times.user + times.system
+    return machine.user + machine.nice + machine.system - ours_s
 
 
 # -- the processes -----------------------------------------------------------------------
@@ -251,14 +278,14 @@ def _subscriber(pipe: Connection, endpoint: str, receipts_endpoint: str, every_s
 def _markdown(results: dict[str, Any]) -> str:
     columns = ["service", "frames", "minutes", "frames/s", "lost", "wrong", "ledger exact", "p99, first minute [ms]",
                "last", "memory, first minute [MiB]", "last", "slope [MiB/hour]", "files open, first", "last",
-               "threads, first", "last"]  # fmt: skip
+               "threads, first", "last", "cores busy with others, first", "last"]  # fmt: skip
     rows, targets = [], []
     for name, each in results["parts"].items():
         latency, rss = each["latency_ms"], each["rss_mib"]
         rows.append(
             [PARTS[name], each["arrived"], f"{each['seconds'] / 60:.1f}", each["frames_per_s"], each["lost"],
              each["wrong"], each["exact"], latency["first"]["p99"], latency["last"]["p99"], rss["first"], rss["last"],
-             rss["slope_per_hour"], *each["fds"].values(), *each["threads"].values()]
+             rss["slope_per_hour"], *each["fds"].values(), *each["threads"].values(), *each["others_cores"].values()]
         )  # fmt: skip
         targets += [
             [f"{PARTS[name]}: p99 of the last minute within {TAIL:.0%} of the first", f"{each['p99_ratio']:.3f}",

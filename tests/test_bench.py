@@ -198,11 +198,13 @@ def test_soak_compares_the_last_minute_with_the_first_and_loses_nothing(bench: A
         assert (each["lost"], each["wrong"]) == (0, 0)
         assert each["latency_ms"]["first"].keys() == each["latency_ms"]["last"].keys() == PERCENTILES
         assert each["rss_mib"].keys() == {"first", "last", "growth", "slope_per_hour"}
-        assert each["fds"].keys() == each["threads"].keys() == {"first", "last"}
+        assert (
+            each["fds"].keys() == each["threads"].keys() == each["others_cores"].keys() == {"first", "last"}
+        )
         assert min(each["fds"]["first"], each["threads"]["first"], each["rss_mib"]["first"]) > 1
         rows = (tmp_path / f"soak.{name}.csv").read_text().splitlines()
         assert rows[0].startswith("seconds,rss_mib,fds,threads")
-        assert sum(int(row.split(",")[5]) for row in rows[1:]) == each["arrived"]
+        assert sum(int(row.split(",")[6]) for row in rows[1:]) == each["arrived"]
     assert results["parts"]["identity64"]["arrived"] == 2000
     assert (tmp_path / "soak.png").exists() == (find_spec("matplotlib") is not None)
     again = bench("soak", "--parts", "identity64", "--frames", "1000")["parts"]
