@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,7 +33,8 @@ import numpy as np
 import psutil
 import zmq
 
-from bench import report
+from bench import malformed, report
+from bench.program import Program
 from emstream import wire
 from emstream.frame import FrameHeader, now_ns
 from emstream.publish import DENOISED, RAW
@@ -88,16 +87,12 @@ class Stage:
     def __post_init__(self) -> None:
         self.camera: zmq.Socket[bytes] | None = None
         self.appear()
-        command = [
-            sys.executable, "-m", "emstream", "serve", "--engine", "identity", "--overrun", "block", "--slots", "64",
-            "--queue", "1000000", "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
+        self.program = Program(
+            self.folder, "--engine", "identity", "--overrun", "block", "--slots", "64", "--queue", "1000000",
+            "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
             "--expect", "64x64:uint8", "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
-            "--json",
-        ]  # fmt: skip
-        self.service = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=(self.folder / "log").open("w"), text=True
-        )
-        self._wait(lambda: "engine identity on" in (self.folder / "log").read_text(), "the service to start")
+        )  # fmt: skip
+        self.service = self.program.process
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._subscribe)
         self._ready = threading.Event()
@@ -219,8 +214,7 @@ class Stage:
 
     def garbage_floods_in(self) -> None:
         for _ in range(self.rng.randrange(1, 500)):
-            parts = [self.rng.randbytes(self.rng.randrange(200)) for _ in range(self.rng.randrange(1, 5))]
-            self.rubbish(parts)
+            self.rubbish(malformed.message(self.rng)[1])
 
     def frames_change_their_size(self) -> None:
         for _ in range(self.rng.randrange(1, 8)):
@@ -251,13 +245,11 @@ class Stage:
         """Let everything come out, end the service, and check what it says and what it recorded."""
         last = (self.series, self.frame - 1)
         self._wait(lambda: bool(self.seen) and self.seen[-1] == last, "the last frame")
-        self.service.send_signal(signal.SIGINT)
-        out = self.service.communicate(timeout=_PATIENCE_S)[0]
+        said = self.program.end()
         self._stop.set()
         self._thread.join()
         self.vanish()
         self.context.destroy(linger=0)
-        said = json.loads(out)
         counted = said["ledger"]
         if counted["in_flight"] or counted["dropped"] or counted["failed"]:
             self.wrong.append(f"frames did not come out: {counted}")
@@ -287,10 +279,8 @@ class Stage:
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + _PATIENCE_S
         while not condition():
-            if time.monotonic() > deadline_s or (
-                hasattr(self, "service") and self.service.poll() is not None
-            ):
-                log = (self.folder / "log").read_text()[-2000:]
+            if time.monotonic() > deadline_s or not self.program.lives:
+                log = self.program.log_path.read_text()[-2000:]
                 raise RuntimeError(f"waiting for {what} in vain; {len(self.seen)} frames seen\n{log}")
             time.sleep(0.002)
 

@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -33,8 +33,9 @@ import psutil
 import zmq
 
 from emstream import wire
-from emstream.endpoint import last_endpoint
+from emstream.endpoint import connect, last_endpoint
 from emstream.frame import now_ns
+from emstream.keys import Peer
 from emstream.publish import DENOISED
 from emstream.serve import Settings, build, stop_on_signals
 from emstream.sources.zmq import QUEUE_FRAMES as INPUT_QUEUE_FRAMES
@@ -248,6 +249,10 @@ class Camera:
         self._output.send(msgpack.packb(header), zmq.SNDMORE)
         self._output.send(self._pixels[number % PATTERNS], copy=False)
 
+    def send_parts(self, parts: Sequence[bytes]) -> None:
+        """Send what may be no frame at all."""
+        self._output.send_multipart(parts)
+
     def wait_arrived(self, number: int, patience_s: float = _PATIENCE_MS / 1000) -> bool:
         """Wait for the receipt of frame `number` or a later one; False when none comes."""
         while self._arrived <= number:
@@ -293,12 +298,13 @@ class Camera:
 class Subscriber:
     """Receives what is published as ``denoised`` and gives the camera the receipts it asks for."""
 
-    def __init__(self, endpoint: str, receipts_endpoint: str) -> None:
+    def __init__(self, endpoint: str, receipts_endpoint: str, peer: Peer | None = None) -> None:
+        """`peer` is a service that takes keys."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._input = context.socket(zmq.SUB)
         self._input.rcvhwm = INPUT_QUEUE_FRAMES
         self._input.rcvtimeo = _PATIENCE_MS
-        self._input.connect(endpoint)
+        connect(self._input, endpoint, peer)
         self._input.subscribe(DENOISED)
         self._receipts = context.socket(zmq.PUSH)
         self._receipts.connect(receipts_endpoint)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 PUBLIC, SECRET = ".key", ".key_secret"
 _LOOK_AGAIN_S = 1.0
 _DOMAIN = "emstream"
+_HANDSHAKE_MS = 3000  # whoever has not shown a key by then is sent away; until then he holds an open file
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Doorkeeper:
         """Only those admitted can connect to `socket`, which is bound next."""
         socket.curve_publickey, socket.curve_secretkey = self.pair.public, self.pair.secret
         socket.curve_server = True
+        socket.handshake_ivl = _HANDSHAKE_MS
         socket.zap_domain = _DOMAIN.encode()
 
     @property

@@ -26,6 +26,7 @@ from emstream.endpoint import Door, reachable
 from emstream.errors import (
     EmstreamError,
     EngineError,
+    EngineNotFound,
     EngineUnavailable,
     FileFormatError,
     MalformedFrame,
@@ -40,7 +41,7 @@ from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
 from emstream.keys import Doorkeeper, Peer, read_pair
 from emstream.ledger import Ledger
-from emstream.memory import keep_freed_blocks
+from emstream.memory import blocks_that_go_back, keep_freed_blocks
 from emstream.metrics import MetricsServer, Watched, host_and_port
 from emstream.movies import open_movie
 from emstream.pipeline import Pipeline
@@ -230,7 +231,8 @@ class Service:
         engine = load()
         try:
             _check_max_batch(engine, self.ring.max_batch)
-            tested = self_test(engine)
+            with blocks_that_go_back():
+                tested = self_test(engine)
         except BaseException:
             engine.close()
             raise
@@ -326,14 +328,16 @@ def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
         return engine
 
     try:
-        return load(settings.device)
-    except EngineUnavailable:
+        with blocks_that_go_back():
+            return load(settings.device)
+    except (EngineNotFound, EngineUnavailable):
         raise
     except EngineError as error:
         if settings.device != "auto" or (settings.engine and Path(settings.engine).suffix != ".onnx"):
             raise
         log.warning("the CPU is used: %s", error)
-        return load("cpu")
+        with blocks_that_go_back():
+            return load("cpu")
 
 
 def _check_max_batch(engine: Engine, max_batch: int) -> None:

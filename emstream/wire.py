@@ -35,6 +35,7 @@ ARRAY = "array-1.0"
 MAX_HEADER_BYTES = 64 * 1024
 DEFAULT_MAX_FRAME_BYTES = 256 * 1024**2
 EPICS_EPOCH_S = 631_152_000  # 1990-01-01 since the Unix epoch
+_MAX_DEPTH = 32  # what is nested deeper cannot be read back everywhere that headers go
 _MAX_NUMBER = 2**53
 _OWN_KEYS = {
     "htype", "source", "series", "frame", "shape", "type", "endianness", "endianess", "encoding",
@@ -49,7 +50,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """A msgpack or JSON map of at most 64 KiB."""
+    """A msgpack or JSON map of at most 64 KiB and 32 levels."""
     if len(data) > MAX_HEADER_BYTES:
         raise MalformedFrame(f"header of {len(data)} bytes exceeds {MAX_HEADER_BYTES}")
     try:
@@ -62,6 +63,8 @@ def unpack(data: bytes) -> dict[str, Any]:
         raise MalformedFrame(f"header is neither msgpack nor portable JSON: {type(error).__name__}") from None
     if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
         raise MalformedFrame("header is not a map with text keys")
+    if _is_deeper(message, _MAX_DEPTH):
+        raise MalformedFrame(f"header is nested more than {_MAX_DEPTH} deep")
     return message
 
 
@@ -143,6 +146,14 @@ def numbers(message: Any, names: Iterable[str]) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
+
+
+def _is_deeper(value: dict[Any, Any] | list[Any], levels: int) -> bool:
+    """Whether maps and lists in one another are more than `levels`, this one counted."""
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(
+        isinstance(each, (dict, list)) and _is_deeper(each, levels - 1) for each in inner
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -188,3 +188,66 @@ def test_trust_is_held_against_the_truth(bench: Any) -> None:
     results = bench("trust")
     assert set(results["scenes"]) == {"still", "drifting and hopping"}
     assert all(each["streams"] == 2 for each in results["scenes"].values())
+
+
+def test_soak_compares_the_last_minute_with_the_first_and_loses_nothing(bench: Any, tmp_path: Path) -> None:
+    results = bench("soak", "--engine", "engines/unet32.onnx", "--minutes", "0.03", "--frames", "2000")
+    assert list(results["parts"]) == ["engine", "identity64", "identity512"]
+    for name, each in results["parts"].items():
+        assert each["exact"], each["ledger"]
+        assert (each["lost"], each["wrong"]) == (0, 0)
+        assert each["latency_ms"]["first"].keys() == each["latency_ms"]["last"].keys() == PERCENTILES
+        assert each["rss_mib"].keys() == {"first", "last", "growth", "slope_per_hour"}
+        assert (
+            each["fds"].keys() == each["threads"].keys() == each["others_cores"].keys() == {"first", "last"}
+        )
+        assert min(each["fds"]["first"], each["threads"]["first"], each["rss_mib"]["first"]) > 1
+        rows = (tmp_path / f"soak.{name}.csv").read_text().splitlines()
+        assert rows[0].startswith("seconds,rss_mib,fds,threads")
+        assert sum(int(row.split(",")[6]) for row in rows[1:]) == each["arrived"]
+    assert results["parts"]["identity64"]["arrived"] == 2000
+    assert (tmp_path / "soak.png").exists() == (find_spec("matplotlib") is not None)
+    again = bench("soak", "--parts", "identity64", "--frames", "1000")["parts"]
+    assert again["identity64"]["arrived"] == 1000
+    assert again["engine"] == results["parts"]["engine"]
+
+
+def test_flood_is_rejected_to_the_last_message_and_survived(bench: Any) -> None:
+    results = bench("flood", "--messages", "3000")
+    assert results["lives"]
+    assert results["input"]["exact"], results["input"]
+    assert sum(results["input"]["malformed"].values()) == results["input"]["ledger"]["rejected"] == 3000
+    assert len(results["input"]["malformed"]) == 7
+    assert results["control"]["exact"], results["control"]
+    assert 0 < results["control"]["refused"] < sum(results["control"]["malformed"].values()) == 3000
+    for name in ("input", "control"):
+        assert results[name]["rss_mib"].keys() == {"before", "after", "max", "second_half", "growth"}
+
+
+def test_stranger_gets_nothing_and_the_admitted_everything(bench: Any) -> None:
+    results = bench("knock", "--size", "64", "--connections", "30")
+    assert list(results["kinds"]) == [
+        "nobody knocks",
+        "no key",
+        "unknown key",
+        "wrong server key",
+        "says nothing",
+    ]
+    for kind, each in results["kinds"].items():
+        if kind != "nobody knocks":
+            assert each["tried"] == each["connected"] == 10
+            assert (each["let_in"], each["messages"], each["in_the_dark"]) == (0, 0, 0)
+    assert results["exact"], results["ledger"]
+    assert (results["lost"], results["wrong"]) == (0, 0)
+    assert results["fds"]["max"] >= results["fds"]["before"] > 1
+
+
+def test_engines_are_swapped_between_two_frames(bench: Any) -> None:
+    results = bench("swap", "--engines", "engines/unet32.onnx", "identity", "--size", "64", "--swaps", "2")
+    assert results["exact"], results["ledger"]
+    assert (results["lost"], results["skipped"], results["twice_or_late"]) == (0, 0, 0)
+    assert [each["engine"] for each in results["made_by"]] == ["identity", "unet32", "identity"]
+    assert sum(each["frames"] for each in results["made_by"]) == results["sent"]
+    assert results["swaps_seen"] == 2
+    assert results["longest_gap_of_each_swap_ms"]["max"] > 0
+    assert len(results["rss_mib"]["after_each"]) == 3

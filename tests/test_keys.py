@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_only_those_admitted_hear_anything(folder: Path, context: Any, door: Any
     assert not hears(context, door, pair(folder, "stranger"), service)
     assert not hears(context, door, None)
     assert not hears(context, door, pair(folder, "friend"), keys.read_public(folder / "stranger.key"))
+
+
+def test_one_who_connects_and_says_nothing_is_sent_away(
+    folder: Path, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_HANDSHAKE_MS", 100)
+    doorkeeper = Doorkeeper(pair(folder, "service"), folder / "admitted", context)
+    guarded = context.socket(zmq.PUB)
+    doorkeeper.guard(guarded)
+    port = guarded.bind_to_random_port("tcp://127.0.0.1")
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+        while silent.recv(1000):  # the greeting; then nothing, for ever or until it is closed
+            pass
+    guarded.close(linger=0)
+    doorkeeper.close()
 
 
 def test_key_that_is_added_or_removed_counts_soon(folder: Path, context: Any, door: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from emstream import serve
-from emstream.errors import EngineError, EngineUnavailable
+from emstream.errors import EngineError, EngineNotFound, EngineUnavailable
 from emstream.inference import IdentityEngine
 from emstream.serve import Settings, build
 
@@ -54,16 +54,18 @@ def test_gpu_that_cannot_prepare_gives_way_to_the_cpu_unless_it_was_asked_for(
             build(settings(tmp_path, **change))
 
 
+@pytest.mark.parametrize("error", [EngineUnavailable("it needs PyTorch"), EngineNotFound("no engine there")])
 def test_engine_that_is_not_to_be_had_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, error: EngineError
 ) -> None:
     def load_engine(path: Any, *, device: str, **options: Any) -> IdentityEngine:
         assert device == "auto"
-        raise EngineUnavailable("it needs PyTorch")
+        raise error
 
     monkeypatch.setattr(serve, "load_engine", load_engine)
-    with pytest.raises(EngineUnavailable, match="it needs PyTorch"):
+    with pytest.raises(type(error), match=str(error)):
         build(settings(tmp_path))
+    assert not caplog.text
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:

@@ -119,3 +119,16 @@ def test_leading_axes_of_one_are_dropped_from_a_shape() -> None:
 
 def test_pixel_types_are_those_of_numpy() -> None:
     assert all(np.dtype(name) == dtype for name, dtype in PIXEL_TYPES.items())
+
+
+@pytest.mark.parametrize("pack", [msgpack.packb, lambda message: json.dumps(message).encode()])
+@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"x": inner}])
+def test_header_nested_beyond_what_its_readers_bear_is_malformed(pack: Any, wrap: Any) -> None:
+    nested: Any = {**VALID}
+    for levels in range(2, 1000):
+        nested = {**VALID, "x": wrap(nested["x"]) if levels > 2 else wrap(0)}
+        if levels == 32:
+            assert wire.unpack(pack(nested)) == nested
+        if levels in (33, 500, 900):
+            with pytest.raises(MalformedFrame, match="nested more than 32 deep"):
+                wire.unpack(pack(nested))
