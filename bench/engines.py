@@ -133,11 +133,9 @@ def _load(path: Path, threads: int) -> tuple[dict[str, Denoise], dict[str, str]]
 def _openvino(path: Path, precision: str, threads: int) -> Denoise:
     if find_spec("openvino") is None:
         raise NotMeasured("OpenVINO is not installed")
-    import openvino
+    from emstream.inference.openvino import OpenVINOEngine, core
 
-    from emstream.inference.openvino import OpenVINOEngine
-
-    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise NotMeasured("this processor has no bfloat16")
     return _through(OpenVINOEngine(path, precision=precision, threads=threads))
 

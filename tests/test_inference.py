@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +32,35 @@ def test_corrupt_model_is_named(tmp_path: Path) -> None:
     path.write_bytes(default_engine().read_bytes()[:5000])
     with pytest.raises(EngineInvalid, match=r"broken\.onnx is not a readable ONNX model"):
         load_engine(path)
+
+
+def test_signal_is_heard_after_engines_came_and_went() -> None:
+    """As when one was loaded again or swapped for another; in a process of its own, which it may end."""
+    program = f"""
+        import signal, threading
+        from pathlib import Path
+        from emstream.inference.openvino import OpenVINOEngine
+        signal.signal(signal.SIGTERM, lambda number, frame: print("heard"))
+        path = Path({str(default_engine())!r})
+        one, two = OpenVINOEngine(path), OpenVINOEngine(path)
+        del one, two
+        engine = OpenVINOEngine(path)
+        def forget():
+            global engine
+            del engine
+        thread = threading.Thread(target=forget)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGTERM)
+    """
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_empty_model_is_named(tmp_path: Path) -> None:

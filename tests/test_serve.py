@@ -67,7 +67,7 @@ def test_engine_that_is_not_to_be_had_is_not_replaced(
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: a signal's frame may not fit on the stack that pytest's faulthandler reserves."""
+    """In a process of its own, which a signal may end."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         capture_output=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,22 @@ class _Ticket:
     expected: np.ndarray
 
 
+@cache
+def core() -> ov.Core:
+    """One for the process, and for good.
+
+    The thread that first asks OpenVINO for its CPU gets from it the stack that signal handlers run on. With
+    the Core that stack goes, and the next signal, a Ctrl-C say, would end the process with a segmentation fault.
+    """
+    return ov.Core()
+
+
 class OpenVINOEngine(Engine):
     """Runs a shipped or exported .onnx. Any H and W: the graph pads and crops by itself."""
 
     def __init__(self, path: Path, *, precision: str | None = None, threads: int | None = None) -> None:
         """Read and check the model; it is compiled for each frame size when that first comes."""
-        self._core = ov.Core()
+        self._core = core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         precision = precision or ("bf16" if "BF16" in capabilities else "f32")
         if precision not in PRECISIONS:

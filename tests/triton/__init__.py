@@ -66,34 +66,39 @@ class Triton:
 
     def start(self) -> Triton:
         """Returns when it is ready."""
-        self._process = subprocess.Popen(
-            [
-                self._package / "tritonserver" / "bin" / "tritonserver",
-                f"--model-repository={self._repository}",
-                f"--backend-directory={self._folder / 'backends'}",
-                f"--grpc-port={self.port}",
-                "--grpc-address=127.0.0.1",
-                "--allow-http=false",
-                "--allow-metrics=false",
-                "--model-control-mode=poll",
-                "--repository-poll-secs=1",
-                "--exit-on-error=false",
-                *self.options,
-            ],
-            env=os.environ
-            | {
-                "LD_LIBRARY_PATH": str(self._package.parent / "nvidia_pytriton.libs"),
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            },
-            stdout=self.log.open("ab"),
-            stderr=subprocess.STDOUT,
-        )
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(), env=self._environment(), stdout=log, stderr=subprocess.STDOUT
+            )
         deadline_s = time.monotonic() + _START_S
         while not self._answers():
-            assert self._process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline_s, self.log.read_text()
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                self.stop(signal.SIGKILL)
+                pytest.fail(self.log.read_text())
             time.sleep(0.1)
         return self
+
+    def _command(self) -> list[str | Path]:
+        return [
+            self._package / "tritonserver" / "bin" / "tritonserver",
+            f"--model-repository={self._repository}",
+            f"--backend-directory={self._folder / 'backends'}",
+            f"--grpc-port={self.port}",
+            "--grpc-address=127.0.0.1",
+            "--allow-http=false",
+            "--allow-metrics=false",
+            "--model-control-mode=poll",
+            "--repository-poll-secs=1",
+            "--exit-on-error=false",
+            *self.options,
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "LD_LIBRARY_PATH": str(self._package.parent / "nvidia_pytriton.libs"),
+            "PATH_OF_THE_TESTS": os.pathsep.join(path for path in sys.path if path),
+        }
 
     def _answers(self) -> bool:
         from tritonclient import grpc
