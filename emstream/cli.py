@@ -898,7 +898,8 @@ def export(
         Path | None, typer.Argument(metavar="ENGINE", help=".onnx or .plan. [default: the one that ships]")
     ] = None,
     triton: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Model repository of an inference server; made if need be.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Model repository of an inference server; made if need be."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="What clients call it. [default: the network's name]")
@@ -909,9 +910,7 @@ def export(
     max_batch: Annotated[
         int | None, typer.Option(help="Frames computed together at most. [default: 8, or the plan's own]")
     ] = None,
-    instances: Annotated[
-        int | None, typer.Option(help="Batches at a time on each GPU. [default: 1]")
-    ] = None,
+    instances: Annotated[int | None, typer.Option(help="Batches at a time on each GPU. [default: 1]")] = None,
     as_json: Json = False,
 ) -> None:
     """An engine for an inference server (Triton, OpenVINO Model Server), then reached as --engine grpc://...

@@ -9,7 +9,6 @@ The folder is laid out as NVIDIA Triton and OpenVINO Model Server both read it::
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,7 +18,6 @@ from typing import Any
 
 from emstream.errors import EngineInvalid, OutputError
 from emstream.inference import check_is_there
-from emstream.inference.engine import sha256_of
 from emstream.inference.keep import write_whole
 from emstream.inference.plan import read_plan
 from emstream.inference.remote import PARAMETER, network_of, parameter_of
@@ -106,11 +104,13 @@ def _of_plan(path: Path, max_batch: int | None) -> _Model:
     profile = record.profile
     if record.flavour != "tensorrt":
         raise EngineInvalid(
-            f"{path} was built for {record.flavour}, which no inference server runs; build it with --flavour tensorrt, or "
-            "export the .onnx"
+            f"{path} was built for {record.flavour}, which no inference server runs; build it with --flavour tensorrt, "
+            "or export the .onnx"
         )
     if max_batch is not None and max_batch > profile.max_batch:
-        raise ValueError(f"{path} takes batches of up to {profile.max_batch} frames, max_batch is {max_batch}")
+        raise ValueError(
+            f"{path} takes batches of up to {profile.max_batch} frames, max_batch is {max_batch}"
+        )
     size = f"{profile.height}, {profile.width}"
     given = (
         f"data_type: TYPE_FP32 dims: [ {size} ]"
@@ -132,7 +132,9 @@ def _of_plan(path: Path, max_batch: int | None) -> _Model:
 
 def _version(home: Path, model: _Model) -> int:
     """The newest version, if it is this very model, or the next one."""
-    versions = sorted(int(each.name) for each in home.glob("[1-9]*") if each.is_dir() and each.name.isdecimal())
+    versions = sorted(
+        int(each.name) for each in home.glob("[1-9]*") if each.is_dir() and each.name.isdecimal()
+    )
     if not versions:
         return 1
     there = home / str(versions[-1]) / model.file
@@ -150,7 +152,7 @@ def _write_model(home: Path, version: int, model: _Model) -> None:
         (unfinished / model.file).write_bytes(model.content)
         (unfinished / model.file).chmod(0o644)
         unfinished.chmod(0o755)
-        os.replace(unfinished, home / str(version))
+        unfinished.rename(home / str(version))
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

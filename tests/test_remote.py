@@ -135,7 +135,9 @@ def test_large_frames_are_tiled(triton: Triton, engine_of: Callable[[str], Engin
 
 
 def test_nobody_there_is_said_with_the_port() -> None:
-    with pytest.raises(EngineUnavailable, match=r"no inference server answers at 127.0.0.1:1 .*8001, not 8000"):
+    with pytest.raises(
+        EngineUnavailable, match=r"no inference server answers at 127.0.0.1:1 .*8001, not 8000"
+    ):
         load_engine("grpc://127.0.0.1:1/unet32?timeout_s=1")
 
 
@@ -149,7 +151,8 @@ def test_model_without_a_card_takes_one_from_a_file(own: Callable[..., Triton], 
     server = own()
     server.stop()
     config = tmp_path / "0/models/unet32/config.pbtxt"
-    config.write_text("".join(line for line in config.open() if not line.startswith("parameters")))
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("parameters")))
     server.start()
     with pytest.raises(EngineInvalid, match=r"does not say what the network is for.*\?card="):
         load_engine(server.url("unet32"))
@@ -178,9 +181,7 @@ def test_numbers_are_read_where_a_server_sends_no_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32"])
-def test_plan_gets_its_pixels_as_bytes(
-    kind: str, tmp_path: Path, engine_of: Callable[[str], Engine]
-) -> None:
+def test_plan_gets_its_pixels_as_bytes(kind: str, tmp_path: Path, engine_of: Callable[[str], Engine]) -> None:
     profile = Profile(height=32, width=48, type=kind, max_batch=4)
     plan = tmp_path / "p.plan"
     write_plan(plan, record_of(profile, flavour="tensorrt"), b"compiled")
@@ -239,7 +240,9 @@ def test_server_that_was_away_is_used_again(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
-def test_server_that_hangs_keeps_nobody(own: Callable[..., Triton], engine_of: Callable[[str], Engine]) -> None:
+def test_server_that_hangs_keeps_nobody(
+    own: Callable[..., Triton], engine_of: Callable[[str], Engine]
+) -> None:
     server = own()
     engine = engine_of(f"{server.url('unet32')}?timeout_s=0.5")
     assert server._process
@@ -306,9 +309,7 @@ def test_servers_with_different_networks_are_not_mixed(own: Callable[..., Triton
         load_engine(f"grpc://{one.host},{two.host}/unet32")
 
 
-def test_service_goes_on_when_one_of_two_servers_is_killed(
-    own: Callable[..., Triton], rig: Any
-) -> None:
+def test_service_goes_on_when_one_of_two_servers_is_killed(own: Callable[..., Triton], rig: Any) -> None:
     servers = [own(0), own(1)]
     url = f"grpc://{servers[0].host},{servers[1].host}/unet32?timeout_s=2"
     run = rig({"engine": url, "overrun": "block", "expect": "32x48:uint8"})
@@ -358,8 +359,8 @@ def test_service_counts_what_no_server_denoised_and_goes_on(own: Callable[..., T
 
 def test_encrypted_server_is_known_by_its_certificate(tmp_path: Path) -> None:
     made = subprocess.run(
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost "
-        "-addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem".split(),
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+        + ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"],
         cwd=tmp_path, capture_output=True,
     )  # fmt: skip
     if made.returncode:

@@ -51,7 +51,9 @@ def test_model_lies_where_servers_look_and_says_what_it_is(tmp_path: Path) -> No
 
 
 def test_next_network_is_the_next_version(tmp_path: Path) -> None:
-    versions = [write_repository(each, tmp_path, name="m")["version"] for each in (MODEL, MODEL, OTHER, OTHER)]
+    versions = [
+        write_repository(each, tmp_path, name="m")["version"] for each in (MODEL, MODEL, OTHER, OTHER)
+    ]
     assert versions == [1, 1, 2, 2]
     assert config(tmp_path / "m").parameters[PARAMETER].string_value.count(sha256_of(OTHER)) == 1
     assert sorted(each.name for each in (tmp_path / "m").iterdir()) == ["1", "2", "config.pbtxt"]

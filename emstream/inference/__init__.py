@@ -55,7 +55,9 @@ def load_engine(
         return IdentityEngine()
     if is_remote(path):
         if for_cpu or gpus:
-            raise ValueError(f"precision, threads and device are for engines on this machine, {path} is on a server")
+            raise ValueError(
+                f"precision, threads and device are for engines on this machine, {path} is on a server"
+            )
         return load_remote(str(path))
     path = default_engine() if path is None else Path(path)
     check_is_there(path)

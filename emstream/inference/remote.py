@@ -35,7 +35,7 @@ from emstream.inference.tiling import TiledEngine
 PARAMETER = "emstream"
 """In a model's configuration: a JSON map of the network's ``sha256`` and the entries of its card."""
 _DEFAULT_PORT = 8001
-_TYPES = {
+_TYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
     "FP16": np.dtype(np.float16),
     "UINT8": np.dtype(np.uint8),
@@ -83,7 +83,9 @@ class RemoteModel:
         if parts.scheme not in ("grpc", "grpcs") or not path:
             raise ValueError(f"an engine's address must look like grpc://HOST:8001/MODEL, got {url!r}")
         if len(set(hosts)) < len(hosts):
-            raise ValueError(f"{url!r} names one server twice; for more batches at a time, let it have more instances")
+            raise ValueError(
+                f"{url!r} names one server twice; for more batches at a time, let it have more instances"
+            )
         if unknown := set(options) - set(_OPTIONS):
             raise ValueError(f"{url!r}: options are {', '.join(_OPTIONS)}, got {', '.join(sorted(unknown))}")
         encrypted = parts.scheme == "grpcs"
@@ -109,7 +111,8 @@ def load_remote(url: str) -> Engine:
         for each in engines[1:]:
             if (each.sha256, each.made_for) != (engines[0].sha256, engines[0].made_for):
                 raise EngineInvalid(
-                    f"{each.where} and {engines[0].where} are not the same: {each.describe()}, and {engines[0].describe()}"
+                    f"{each.where} and {engines[0].where} are not the same: {each.describe()}, and "
+                    f"{engines[0].describe()}"
                 )
         stack.pop_all()
     engine = engines[0] if len(engines) == 1 else SharedEngine(engines)
@@ -163,17 +166,7 @@ class RemoteEngine(Engine):
         self._grpc = grpc
         self._host, self._model, self._timeout_s = host, at.model, at.timeout_s
         self.where = f"{at.model} at {host}"
-        try:
-            self._client = grpc.InferenceServerClient(
-                host,
-                ssl=at.encrypted,
-                root_certificates=_text(at.ca),
-                private_key=_text(at.key),
-                certificate_chain=_text(at.certificate),
-                channel_args=_CHANNEL,
-            )
-        except OSError as error:
-            raise EngineUnavailable(f"{host}: cannot read {error.filename}: {error.strerror}") from None
+        self._client = grpc.InferenceServerClient(host, creds=_credentials(at), channel_args=_CHANNEL)
         try:
             self._describe(at)
         except BaseException:
@@ -190,7 +183,9 @@ class RemoteEngine(Engine):
         except grpc.InferenceServerException as error:
             raise EngineUnavailable(self._why_unavailable(error)) from None
         self._version = at.version or max(model.versions, key=lambda text: (len(text), text), default="")
-        self.device = f"{server.name or 'inference server'} {server.version} at {self._host}".replace("  ", " ")
+        self.device = f"{server.name or 'inference server'} {server.version} at {self._host}".replace(
+            "  ", " "
+        )
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise EngineInvalid(
                 f"{self.where} is no denoiser: it has {len(model.inputs)} inputs and {len(model.outputs)} outputs, "
@@ -373,6 +368,7 @@ def _pixels(response: Any, name: str) -> np.ndarray:
     if place is None:
         raise KeyError(f"there is no {name}")
     output = response.outputs[place]
+    flat: np.ndarray
     if place < len(response.raw_output_contents):
         flat = np.frombuffer(response.raw_output_contents[place], _TYPES[output.datatype])
     else:
@@ -388,8 +384,19 @@ def _fits(counts: np.ndarray, dtype: np.dtype[Any]) -> bool:
         return bool((counts.astype(dtype) == counts).all())
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _credentials(at: RemoteModel) -> Any:
+    """Of an encrypted connection. Raises EngineUnavailable for a file that cannot be read."""
+    if not at.encrypted:
+        return None
+    import grpc
+
+    def content(path: Path | None) -> bytes | None:
+        try:
+            return None if path is None else path.read_bytes()
+        except OSError as error:
+            raise EngineUnavailable(f"cannot read {path}: {error.strerror}") from None
+
+    return grpc.ssl_channel_credentials(content(at.ca), content(at.key), content(at.certificate))
 
 
 def _line(error: Any) -> str:

@@ -55,7 +55,9 @@ class Triton:
         shutil.copy2(stub_path, python)
         for name in BACKENDS:
             (self._folder / "backends" / name).mkdir()
-            shutil.copy2(Path(__file__).with_name("backend.py"), self._folder / "backends" / name / "model.py")
+            shutil.copy2(
+                Path(__file__).with_name("backend.py"), self._folder / "backends" / name / "model.py"
+            )
 
     @property
     def host(self) -> str:
@@ -103,7 +105,9 @@ class Triton:
     def _answers(self) -> bool:
         from tritonclient import grpc
 
-        options = {} if self.certificate is None else {"ssl": True, "root_certificates": str(self.certificate)}
+        options = (
+            {} if self.certificate is None else {"ssl": True, "root_certificates": str(self.certificate)}
+        )
         host = self.host if self.certificate is None else f"localhost:{self.port}"
         with grpc.InferenceServerClient(host, **options) as client:
             try:
