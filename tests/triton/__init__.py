@@ -92,6 +92,7 @@ class Triton:
             "--model-control-mode=poll",
             "--repository-poll-secs=1",
             "--exit-on-error=false",
+            "--exit-timeout-secs=3",
             *self.options,
         ]
 
@@ -118,5 +119,9 @@ class Triton:
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self._process:
             self._process.send_signal(number)
-            self._process.wait(30)
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._process = None
