@@ -7,6 +7,7 @@ else is Triton: the repository, its configuration, versions, batches, and the pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -38,6 +39,7 @@ class Triton:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        self._shared = f"emstream-tests-{self.port}-"
         self._process: subprocess.Popen[bytes] | None = None
         self.log = self._folder / "log"
         self.options: list[str] = []
@@ -70,7 +72,11 @@ class Triton:
         """Returns when it is ready."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(), env=self._environment(), stdout=log, stderr=subprocess.STDOUT
+                self._command(),
+                env=self._environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         deadline_s = time.monotonic() + _START_S
         while not self._answers():
@@ -93,6 +99,7 @@ class Triton:
             "--repository-poll-secs=1",
             "--exit-on-error=false",
             "--exit-timeout-secs=3",
+            f"--backend-config=python,shm-region-prefix-name={self._shared}",
             *self.options,
         ]
 
@@ -117,11 +124,15 @@ class Triton:
                 return False
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        if self._process:
-            self._process.send_signal(number)
-            try:
-                self._process.wait(15)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
+        if not self._process:
+            return
+        self._process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(15)
+        # What a Triton that was killed leaves behind: its Python, and the memory that they shared.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        for each in Path("/dev/shm").glob(f"{self._shared}*"):
+            each.unlink()
