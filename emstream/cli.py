@@ -57,7 +57,12 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 EnginePath = Annotated[
-    str | None, typer.Option("--engine", metavar="PATH", help="Model file. [default: the one that ships]")
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="PATH",
+        help="Model file, or grpc://HOST:8001/MODEL on an inference server. [default: the one that ships]",
+    ),
 ]
 Rate = Annotated[float, typer.Option(help="Frames per second.")]
 Dose = Annotated[float, typer.Option(help="Electrons per pixel and frame in vacuum.")]
@@ -888,9 +893,46 @@ def _phases() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 @app.command()
+def export(
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="ENGINE", help=".onnx or .plan. [default: the one that ships]")
+    ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Model repository of an inference server; made if need be."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call it. [default: the network's name]")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Triton's backend for an .onnx: onnxruntime or openvino.")
+    ] = "onnxruntime",
+    max_batch: Annotated[
+        int | None, typer.Option(help="Frames computed together at most. [default: 8, or the plan's own]")
+    ] = None,
+    instances: Annotated[int | None, typer.Option(help="Batches at a time on each GPU. [default: 1]")] = None,
+    as_json: Json = False,
+) -> None:
+    """An engine for an inference server (Triton, OpenVINO Model Server), then reached as --engine grpc://...
+
+    Example: **emstream export engines/unet32.onnx --triton models**
+    """
+    from emstream.inference import default_engine
+    from emstream.repository import write_repository
+
+    if triton is None:
+        raise ValueError("--triton DIR says which model repository to write to")
+    report = write_repository(
+        default_engine() if engine is None else engine, triton,
+        name=name, backend=backend, max_batch=max_batch, instances=instances,
+    )  # fmt: skip
+    _print_report(report, as_json)
+
+
+@app.command()
 def info(
     engine: Annotated[
-        Path | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")
+        str | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -903,10 +945,10 @@ def info(
 
     from emstream.inference import load_engine
 
-    if engine is not None and engine.suffix == ".plan":
+    if engine is not None and engine.endswith(".plan"):
         from emstream.plans import describe
 
-        _print_report(describe(engine, device), as_json)
+        _print_report(describe(Path(engine), device), as_json)
         return
     loaded = load_engine(engine, device=device)
     card = asdict(loaded.card) if loaded.card else {}

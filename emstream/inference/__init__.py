@@ -9,13 +9,16 @@ from pathlib import Path
 from emstream.errors import CudaError, EngineInvalid, EngineNotFound, EngineUnavailable
 from emstream.inference.card import EngineCard
 from emstream.inference.engine import Engine, IdentityEngine
+from emstream.inference.remote import is_remote, load_remote
 from emstream.inference.shared import SharedEngine
 from emstream.inference.tiling import TiledEngine
 
 __all__ = ["Engine", "EngineCard", "IdentityEngine", "default_engine", "load_engine"]
 
 log = logging.getLogger(__name__)
-_SUFFIXES = ".onnx (any CPU, or a GPU), .plan (TensorRT), .pt2 (PyTorch) or the word identity"
+_SUFFIXES = (
+    ".onnx (any CPU, or a GPU), .plan (TensorRT), .pt2 (PyTorch), grpc://HOST:8001/MODEL or the word identity"
+)
 
 
 def default_engine() -> Path:
@@ -36,6 +39,8 @@ def load_engine(
 ) -> Engine:
     """Load an engine from a model file; without a path, the one that ships with emstream.
 
+    ``grpc://HOST:8001/MODEL`` is one on an inference server: `emstream.inference.remote`.
+
     `device` is "cpu", GPU numbers such as "0" or "0,1" that share the batches, or "auto": a
     GPU where there is one with all it needs, and the CPU otherwise. `precision` ("bf16" or
     "f32", by default the fastest this processor has) and `threads` (by default all its
@@ -48,6 +53,12 @@ def load_engine(
         raise ValueError(f"precision and threads are for the CPU, and device is {device!r}")
     if str(path) == "identity":
         return IdentityEngine()
+    if is_remote(path):
+        if for_cpu or gpus:
+            raise ValueError(
+                f"precision, threads and device are for engines on this machine, {path} is on a server"
+            )
+        return load_remote(str(path))
     path = default_engine() if path is None else Path(path)
     check_is_there(path)
     if path.suffix not in (".onnx", ".pt2", ".plan"):

@@ -1,4 +1,4 @@
-"""Several engines, one per GPU, that share the batches and keep their order."""
+"""Several engines, one per GPU or server, that share the batches and keep their order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from emstream.errors import CudaError, EngineError
+from emstream.errors import CudaError, EngineError, ServerFailed
 from emstream.inference.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class SharedEngine(Engine):
         self.device = " + ".join(engine.device for engine in engines)
         self.depth = sum(engine.depth for engine in engines)
         self.best_batch = min(engine.best_batch for engine in engines)
-        self.max_batch, self.largest_px = first.max_batch, first.largest_px
+        self.max_batch = min((each.max_batch for each in engines if each.max_batch is not None), default=None)
+        self.largest_px = first.largest_px
         self.made_for = first.made_for
 
     def allocate(self, nbytes: int) -> np.ndarray:
@@ -108,4 +109,4 @@ class SharedEngine(Engine):
 
 
 def _is_the_batchs_fault(error: BaseException) -> bool:
-    return isinstance(error, (EngineError, ValueError)) and not isinstance(error, CudaError)
+    return isinstance(error, (EngineError, ValueError)) and not isinstance(error, (CudaError, ServerFailed))

@@ -5,6 +5,8 @@ The network is bias-free, so f(a x) = a f(x): a property that any faithful engin
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,10 @@ from emstream.inference.plan import Profile
 from emstream.inference.shared import SharedEngine
 from emstream.inference.tensorrt import TensorRTEngine
 from emstream.inference.tiling import TiledEngine
+from emstream.repository import write_repository
 from tests.doubles.gpu import PretendGpu, PretendProgram
 from tests.doubles.tensorrt import record_of
+from tests.triton import Triton
 
 # Tiles see other borders than the whole frame, and the upsampling of the UNet (align_corners) depends a
 # little on the size of what it is given; that one test in test_inference.py bounds what it does to the error.
@@ -32,6 +36,7 @@ TOLERANCE = {
     "torch": 1e-4,
     "tensorrt": 1e-4,
     "tensorrt, two GPUs": 1e-4,
+    "two servers": 1e-4,
 }
 
 
@@ -72,6 +77,33 @@ def two_gpus(path: Path) -> Engine:
     return TiledEngine(SharedEngine([cached_plans(path, PretendGpu(n), network) for n in (0, 1)]))
 
 
+def two_servers(path: Path) -> Engine:
+    folder = Path(tempfile.mkdtemp())
+    write_repository(path, folder / "models")
+    servers = []
+    try:
+        for n in ("1", "2"):
+            servers.append(Triton(folder / "models", folder / n).start())
+        engine = load_engine(f"grpc://{','.join(each.host for each in servers)}/{path.stem}")
+    except BaseException:
+        stop(servers, folder)
+        raise
+    close = engine.close
+
+    def close_all() -> None:
+        close()
+        stop(servers, folder)
+
+    engine.close = close_all  # type: ignore[method-assign]
+    return engine
+
+
+def stop(servers: list[Triton], folder: Path) -> None:
+    for each in servers:
+        each.stop()
+    shutil.rmtree(folder)
+
+
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "identity": lambda path: IdentityEngine(),
     "openvino-f32": lambda path: load_engine(path, precision="f32"),
@@ -80,6 +112,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "torch": torch,
     "tensorrt": tensorrt,
     "tensorrt, two GPUs": two_gpus,
+    "two servers": two_servers,
 }
 
 
