@@ -36,7 +36,8 @@ from emstream import wire
 from emstream.endpoint import last_endpoint
 from emstream.frame import now_ns
 from emstream.publish import DENOISED
-from emstream.serve import Settings, build, stop_on_signals
+from emstream.serve import Settings, build
+from emstream.signals import stop_on_signals
 from emstream.sources.zmq import QUEUE_FRAMES as INPUT_QUEUE_FRAMES
 
 SOURCE, SERIES = "bench", 0

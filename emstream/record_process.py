@@ -245,9 +245,7 @@ class RecorderProcess:
             self._process.close()
             self._pipe.close()
             try:
-                self._start(
-                    _Unfinished(self._records, tuple(self._files), self._since, self._waits_because)
-                )
+                self._start(_Unfinished(self._records, tuple(self._files), self._since, self._waits_because))
             except OSError as error:  # no memory, no more processes: as if it had died at once
                 log.error("no recorder can be started: %s", error)
             return True
@@ -363,9 +361,7 @@ class _Sessions:
         """Run the recorder that there is to its end, good or bad."""
         assert self._recorder is not None
         try:
-            report = self._recorder.run(
-                self._say, on_file=lambda path: self._send(_Begun(path)), **options
-            )
+            report = self._recorder.run(self._say, on_file=lambda path: self._send(_Begun(path)), **options)
         except EmstreamError as error:
             if not self._ready:
                 raise
@@ -414,7 +410,10 @@ class _Sessions:
 
     def _send(self, said: Any) -> None:
         """From any thread."""
-        with self._sending, contextlib.suppress(OSError):  # the service is gone, which `_listen` hears as well
+        with (
+            self._sending,
+            contextlib.suppress(OSError),
+        ):  # the service is gone, which `_listen` hears as well
             self._pipe.send(said)
 
     def _listen(self) -> None:

@@ -9,9 +9,11 @@ from emstream.printable import printable
 
 STATES = ("waiting", "looking back", "recording", "finishing", "silent", "ended", "restarting", "failed")
 _WRONG = {
-    "silent": "the recorder is silent", "ended": "recording ended", "restarting": "the recorder died, another one starts",
+    "silent": "the recorder is silent",
+    "ended": "recording ended",
+    "restarting": "the recorder died, another one starts",
     "failed": "the recorder failed",
-}  # fmt: skip
+}
 _TRACKS = ("raw", "denoised")
 _LONGEST = 500
 
@@ -20,7 +22,8 @@ def recording_of(message: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the recorder from a message that may hold anything; None when there is no recorder.
 
     Keys, where the service has them: ``state`` (one of `STATES`), ``path``, ``why``, texts; ``frames``,
-    ``lost``, ``unheard`` {raw, denoised}; ``missing``; ``died``, how often the recorder did; ``look_back_s``, ``disk_s`` [s]; ``free_bytes``; and
+    ``lost``, ``unheard`` {raw, denoised}; ``missing``; ``died``, how often the recorder did; ``look_back_s``,
+    ``disk_s`` [s]; ``free_bytes``; and
     always ``faults``, what is wrong in words.
     """
     said = message.get("recording")

@@ -27,7 +27,7 @@ from emstream.intake import Overrun
 from emstream.outputs import Order, Output, array1, orders
 from emstream.outputs.sockets import Push, Replies
 from emstream.serve import Settings
-from emstream.wire import MAX_HEADER_BYTES, header_of, map_of, unpack
+from emstream.wire import DEFAULT_MAX_HEADER_BYTES, header_of, map_of, unpack
 from tests.conftest import Rig, exact, message
 
 SHAPE = (17, 23)
@@ -372,7 +372,7 @@ def test_array_1_0_header_fits_adzmqs_buffer_whatever_it_says(
         timestamp_ns=2**62, exposure_s=1 / 3, pixel_size_m=1e-11 / 3,
     )  # fmt: skip
     text = array1.header({**map_of(frame), "engine": engine, "dose": dose, "in_domain": True, "ledger": {}})
-    assert len(text) < 1024 < MAX_HEADER_BYTES
+    assert len(text) < 1024 < DEFAULT_MAX_HEADER_BYTES
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (read["frame"], read["shape"], read["type"]) == (number, [9000, 9000], "float32")
 

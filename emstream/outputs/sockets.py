@@ -25,10 +25,35 @@ from emstream.endpoint import Door, bind
 log = logging.getLogger(__name__)
 
 Buffer = bytes | memoryview
+DEFAULT_QUEUE_BYTES = 512 * 1024**2
 _REQUEST = b"next"
 _LARGEST_REQUEST = 1024  # [bytes]
 _FORGET_S = 60.0  # a client that has not asked for so long
 _MOST_CLIENTS = 1000
+
+
+class Queue:
+    """How many messages ZeroMQ keeps for a client that lags: `most`, but no more than `most_bytes` hold."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        if most < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 message, got {most}")
+        if most_bytes < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 byte, got {most_bytes}")
+        self._most, self._most_bytes = most, most_bytes
+        self._messages = most
+
+    def begin(self, socket: zmq.Socket[bytes]) -> None:
+        """For those who connect to `socket`, which is not bound yet."""
+        self._socket = socket
+        self._messages = socket.sndhwm = self._most
+
+    def make_room(self, nbytes: int) -> None:
+        """Before a message of so many bytes: the queue holds as many of its kind as the bytes allow, or one."""
+        messages = max(1, min(self._most, self._most_bytes // max(1, nbytes)))
+        # Those who connected since the last message have the queue that there was when the socket was bound.
+        if messages < self._most or messages != self._messages:
+            self._messages = self._socket.sndhwm = messages
 
 
 class Sender(Protocol):
@@ -56,10 +81,16 @@ class Broadcast:
     default_queue = None
 
     def __init__(
-        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+        self,
+        endpoint: str,
+        queue: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        door: Door | None = None,
+        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
+        self._queue = Queue(queue, queue_bytes)
         self._socket = context.socket(zmq.XPUB)
-        self._socket.sndhwm = queue
+        self._queue.begin(self._socket)
         self._subscribed: set[bytes] = set()
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = 0
@@ -72,11 +103,16 @@ class Broadcast:
         return bool(self._subscribed)
 
     def send(self, parts: Sequence[Buffer]) -> None:
+        self._queue.make_room(_nbytes(parts))
         self._socket.send_multipart(parts)
         self.sent += 1
 
     def close(self, linger_s: float) -> None:
         self._socket.close(linger=int(1000 * linger_s))
+
+
+def _nbytes(parts: Sequence[Buffer]) -> int:
+    return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
 
 
 class Push:
@@ -85,10 +121,16 @@ class Push:
     default_queue = None
 
     def __init__(
-        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+        self,
+        endpoint: str,
+        queue: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        door: Door | None = None,
+        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
+        self._queue = Queue(queue, queue_bytes)
         self._socket = context.socket(zmq.PUSH)
-        self._socket.sndhwm = queue
+        self._queue.begin(self._socket)
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
 
@@ -99,6 +141,7 @@ class Push:
         return False
 
     def send(self, parts: Sequence[Buffer]) -> None:
+        self._queue.make_room(_nbytes(parts))
         try:
             self._socket.send_multipart(parts, zmq.DONTWAIT)
             self.sent += 1
@@ -128,7 +171,12 @@ class Replies:
     default_queue = 1
 
     def __init__(
-        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+        self,
+        endpoint: str,
+        queue: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        door: Door | None = None,
+        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LARGEST_REQUEST
@@ -137,6 +185,7 @@ class Replies:
         self.sent = self.skipped = 0
         self._clients: dict[bytes, _Client] = {}
         self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue)
+        self._most_bytes = queue_bytes
         self._last = 0  # number of the newest frame, from 1
         self._lock = threading.Lock()  # of the two above
         self._until_s: float | None = None
@@ -150,6 +199,8 @@ class Replies:
         self._thread.start()
 
     def wants(self) -> bool:
+        if not self._thread.is_alive():
+            raise zmq.ZMQError(zmq.ENOTSOCK, "the thread that answers its clients is gone")
         return bool(self._clients)
 
     def send(self, parts: Sequence[Buffer]) -> None:
@@ -157,7 +208,12 @@ class Replies:
         with self._lock:
             self._last += 1
             self._frames.append((self._last, message))
+            while len(self._frames) > 1 and self._kept_bytes() > self._most_bytes:
+                self._frames.popleft()
         self._ring()
+
+    def _kept_bytes(self) -> int:
+        return sum(_nbytes(message) for _, message in self._frames)
 
     def close(self, linger_s: float) -> None:
         if self._until_s is None:

@@ -177,7 +177,12 @@ def _main(pipe: Connection, page: _Page) -> None:
         from emstream.view import ViewServer
 
         server = ViewServer(
-            page.input_endpoint, page.host, page.port, page.token, pipe.send if page.records else None, page.peer
+            page.input_endpoint,
+            page.host,
+            page.port,
+            page.token,
+            pipe.send if page.records else None,
+            page.peer,
         )
         server.start()
     except (EmstreamError, ValueError) as error:
