@@ -155,6 +155,8 @@ class RecorderProcess:
     def tell(self, word: str) -> None:
         """``begin`` or ``end``. Any thread and any signal handler may call it, and none waits."""
         self._records = word == "begin"
+        if not (self._records or self._files):
+            self._since = None
         self._words.put(word)
 
     def finish(self, published: int | None = None) -> dict[str, Any]:
@@ -265,7 +267,7 @@ class RecorderProcess:
             self._files.append(said.path)
         elif isinstance(said, _Over):
             self._reports.append(said.report)
-            self._files, self._since = [], said.account
+            self._files, self._since = [], said.account if self._records else None
             self._status = {**self._status, **{name: _sums(self._reports, name) for name in _COUNTED}}
         else:
             if said["state"] == "ended":
