@@ -49,10 +49,13 @@ class Publisher:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         door: Door | None = None,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
+        largest: int = 0,
     ) -> None:
         """Bind `endpoint` for those whom `door` lets in.
 
-        One that lags by `queue` messages, or as many as `queue_bytes` hold, loses some.
+        One that lags by `queue` messages, or as many as `queue_bytes` hold, loses some. When frames come that are
+        larger than `largest` bytes, and than all before, that may have to be made less, for which the socket is opened
+        again.
         """
         self._ledger = ledger
         self._open_series: tuple[str, int | str] | None = None
@@ -63,7 +66,7 @@ class Publisher:
         self.about: dict[str, Any] = {}
         """What every message on the stats topic says, too."""
         self._outputs: list[Output] = []
-        self._queue, self._door = Queue(queue, queue_bytes), door
+        self._queue, self._largest, self._door = Queue(queue, queue_bytes), largest, door
         self._context = context or zmq.Context.instance()
         self._problems = Seldom()
         self._open_again_s = 0.0
@@ -72,7 +75,7 @@ class Publisher:
 
     def _bind(self, endpoint: str) -> None:
         self._socket = self._context.socket(zmq.XPUB)
-        self._queue.begin(self._socket)
+        self._socket.sndhwm = self._queue.length(self._largest)
         self._socket.linger = 2000
         self.endpoint = bind(self._socket, endpoint, self._door)
 
@@ -123,7 +126,8 @@ class Publisher:
         }
         message["ledger"] = self._ledger.snapshot(publishing=1)
         try:
-            self._queue.make_room(slot.result[row].nbytes)
+            if slot.result[row].nbytes > self._largest:
+                self._make_room(slot.result[row].nbytes)
             self._open(header)
             if self._wanted(RAW):
                 self._send(RAW, raw, slot.counts[row])
@@ -250,6 +254,17 @@ class Publisher:
         self._socket.close()
         self._subscribed.clear()
         self._is_broken, self._open_again_s = True, time.monotonic() + _OPEN_AGAIN_S
+
+    def _make_room(self, nbytes: int) -> None:
+        """Before a frame larger than all before: the queue of a subscriber may have to be shorter now."""
+        before, self._largest = self._queue.length(self._largest), nbytes
+        length = self._queue.length(nbytes)
+        if length == before:
+            return
+        log.warning("frames of %d bytes: subscribers' queues now hold %d messages", nbytes, length)
+        self._give_up()
+        time.sleep(_OPEN_AGAIN_S)
+        self._mend()
 
     def _mend(self) -> None:
         """Open a socket that broke again, at the same endpoint."""

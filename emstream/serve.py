@@ -377,16 +377,14 @@ def _assemble(
     )
     ring.prepare(*settings.expected_frame(engine, corrections))
     native, others = outputs.orders(settings.output)
+    (height, width), _ = settings.expected_frame(engine, corrections)
+    limits = {"queue_bytes": settings.queue_bytes, "largest": 4 * height * width}
     publisher = Publisher(
-        native.endpoint if native else _PRIVATE_OUTPUT,
-        ledger,
-        settings.queue,
-        door=door,
-        queue_bytes=settings.queue_bytes,
+        native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue, None, door, **limits
     )
     try:
         for order in others:
-            publisher.add(outputs.Output(order, settings.queue, door=door, queue_bytes=settings.queue_bytes))
+            publisher.add(outputs.Output(order, settings.queue, None, door, **limits))
         peer = None if settings.camera_key is None else Peer.of(settings.key, settings.camera_key)
         source = source or open_source(
             settings.input, settings.max_frame_bytes, peer, door, settings.max_header_bytes

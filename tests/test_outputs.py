@@ -25,7 +25,7 @@ from emstream.errors import OutputError
 from emstream.frame import FrameHeader
 from emstream.intake import Overrun
 from emstream.outputs import Order, Output, array1, orders
-from emstream.outputs.sockets import Push, Replies
+from emstream.outputs.sockets import Push, Queue, Replies
 from emstream.serve import Settings
 from emstream.wire import DEFAULT_MAX_HEADER_BYTES, header_of, map_of, unpack
 from tests.conftest import Rig, exact, message
@@ -235,7 +235,7 @@ def test_flood_of_requests_keeps_nobody_waiting(service: Any, context: Any) -> N
 
 
 def test_frames_kept_for_clients_are_given_out_before_the_end(context: Any, tmp_path: Path) -> None:
-    replies = Replies(f"ipc://{tmp_path}/kept", 10, context)
+    replies = Replies(f"ipc://{tmp_path}/kept", Queue(10), 0, context)
     socket = ask(context, replies.endpoint)
     until(replies.wants)
     for n in range(10):
@@ -473,7 +473,7 @@ def test_output_that_breaks_is_opened_again_and_costs_the_service_nothing(
         sent += 1
         run.wait(lambda ledger: ledger["published"] == sent)
 
-    until(lambda: one_more() or output._open_again_s is None and output._failed > 0)
+    until(lambda: one_more() or (output._open_again_s is None and output._failed > 0))
     if kind == zmq.REQ:
         client.connect(endpoint)
         client.send(b"next")

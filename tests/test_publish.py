@@ -263,7 +263,9 @@ def test_queue_is_as_long_as_its_bytes_allow_for_frames_of_each_size(context: An
     publisher.close(linger_s=0)
 
 
-@pytest.mark.parametrize(("change", "text"), [({"queue": 0}, "at least 1 message"), ({"queue_bytes": 0}, "at least 1 byte")])
+@pytest.mark.parametrize(
+    ("change", "text"), [({"queue": 0}, "at least 1 message"), ({"queue_bytes": 0}, "at least 1 byte")]
+)
 def test_queue_that_holds_nothing_is_refused(context: Any, change: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Publisher("tcp://127.0.0.1:*", Ledger(), context=context, **change)

@@ -26,7 +26,7 @@ import zmq
 from emstream.endpoint import Door
 from emstream.errors import OutputError
 from emstream.outputs import array1, karabo
-from emstream.outputs.sockets import DEFAULT_QUEUE_BYTES, SOCKETS, Buffer, Sender
+from emstream.outputs.sockets import DEFAULT_QUEUE_BYTES, SOCKETS, Buffer, Queue, Replies, Sender, nbytes_of
 from emstream.seldom import Seldom
 
 log = logging.getLogger(__name__)
@@ -97,20 +97,20 @@ class Output:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         door: Door | None = None,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
+        largest: int = 0,
     ) -> None:
         """Bind it. Raises OutputError for an endpoint that cannot be bound.
 
         Where neither the URL nor the kind of socket says otherwise, `queue` frames are kept for a client, but no
-        more than `queue_bytes` hold.
+        more than `queue_bytes` hold. When messages come that are larger than `largest` bytes, and than all before,
+        its queue may have to be made shorter, for which it is opened again.
         """
         self._format = FORMATS[order.format]
         self._names = (RAW, DENOISED) if order.stream == BOTH else (order.stream,)
         self._about = {"format": order.format, "stream": order.stream, "socket": order.socket}
         self._order, self._context, self._door = order, context or zmq.Context.instance(), door
-        self._queue, self._queue_bytes = (
-            order.queue or SOCKETS[order.socket].default_queue or queue,
-            queue_bytes,
-        )
+        self._queue = Queue(order.queue or SOCKETS[order.socket].default_queue or queue, queue_bytes)
+        self._largest = largest
         self._sender = self._bind()
         self.endpoint = self._sender.endpoint
         self._before = (0, 0)  # sent and skipped by sockets that broke
@@ -121,7 +121,7 @@ class Output:
 
     def _bind(self) -> Sender:
         kind = SOCKETS[self._order.socket]
-        return kind(self._order.endpoint, self._queue, self._context, self._door, self._queue_bytes)
+        return kind(self._order.endpoint, self._queue, self._largest, self._context, self._door)
 
     def send(self, pictures: Mapping[str, Picture]) -> None:
         """One frame: what there is of it, ``raw`` and ``denoised``. Its memory may change afterwards.
@@ -132,7 +132,9 @@ class Output:
             if self._open_again_s is not None:
                 self._mend()
             if self._sender.wants():
-                self._sender.send(self._format.parts({name: pictures[name] for name in self._names}))
+                parts = self._format.parts({name: pictures[name] for name in self._names})
+                self._make_room(nbytes_of(parts))
+                self._sender.send(parts)
         except Exception as error:
             self._failed += 1
             if isinstance(error, zmq.ZMQError) and self._open_again_s is None:
@@ -140,6 +142,15 @@ class Output:
             said = self._problems.note(f"{type(error).__name__}: {error}")
             if said is not None:
                 log.error("%s failed on %d frames by now: %s", self.endpoint, self._failed, error)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Before a message. Raises OutputError when the socket has to be opened again, with a shorter queue."""
+        if nbytes <= self._largest:
+            return
+        before, self._largest = self._queue.length(self._largest), nbytes
+        if self._queue.length(nbytes) < before and not isinstance(self._sender, Replies):
+            self._give_up()
+            raise OutputError("messages have grown, and it is opened again with a shorter queue")
 
     def _give_up(self) -> None:
         """Another socket is opened soon: ZeroMQ lets go of the address in its own time."""

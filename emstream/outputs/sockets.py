@@ -32,28 +32,31 @@ _FORGET_S = 60.0  # a client that has not asked for so long
 _MOST_CLIENTS = 1000
 
 
+@dataclass(frozen=True)
 class Queue:
-    """How many messages ZeroMQ keeps for a client that lags: `most`, but no more than `most_bytes` hold."""
+    """What is kept for a client that lags: `most` messages, but no more than `most_bytes` hold.
 
-    def __init__(self, most: int, most_bytes: int) -> None:
-        if most < 1:
-            raise ValueError(f"a subscriber's queue must hold at least 1 message, got {most}")
-        if most_bytes < 1:
-            raise ValueError(f"a subscriber's queue must hold at least 1 byte, got {most_bytes}")
-        self._most, self._most_bytes = most, most_bytes
-        self._messages = most
+    ZeroMQ counts messages, and how many is settled when a socket is bound: changing it for those who are
+    connected crashes libzmq 4.3.5 when one of them is just leaving.
+    """
 
-    def begin(self, socket: zmq.Socket[bytes]) -> None:
-        """For those who connect to `socket`, which is not bound yet."""
-        self._socket = socket
-        self._messages = socket.sndhwm = self._most
+    most: int
+    most_bytes: int = DEFAULT_QUEUE_BYTES
 
-    def make_room(self, nbytes: int) -> None:
-        """Before a message of so many bytes: the queue holds as many of its kind as the bytes allow, or one."""
-        messages = max(1, min(self._most, self._most_bytes // max(1, nbytes)))
-        # Those who connected since the last message have the queue that there was when the socket was bound.
-        if messages < self._most or messages != self._messages:
-            self._messages = self._socket.sndhwm = messages
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 message, got {self.most}")
+        if self.most_bytes < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 byte, got {self.most_bytes}")
+
+    def length(self, nbytes: int) -> int:
+        """For messages of so many bytes, at least 1."""
+        return max(1, min(self.most, self.most_bytes // max(1, nbytes)))
+
+
+def nbytes_of(parts: Sequence[Buffer]) -> int:
+    """Of a message."""
+    return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
 
 
 class Sender(Protocol):
@@ -83,14 +86,13 @@ class Broadcast:
     def __init__(
         self,
         endpoint: str,
-        queue: int,
+        queue: Queue,
+        nbytes: int,
         context: zmq.Context[zmq.Socket[bytes]],
         door: Door | None = None,
-        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
-        self._queue = Queue(queue, queue_bytes)
         self._socket = context.socket(zmq.XPUB)
-        self._queue.begin(self._socket)
+        self._socket.sndhwm = queue.length(nbytes)
         self._subscribed: set[bytes] = set()
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = 0
@@ -103,16 +105,11 @@ class Broadcast:
         return bool(self._subscribed)
 
     def send(self, parts: Sequence[Buffer]) -> None:
-        self._queue.make_room(_nbytes(parts))
         self._socket.send_multipart(parts)
         self.sent += 1
 
     def close(self, linger_s: float) -> None:
         self._socket.close(linger=int(1000 * linger_s))
-
-
-def _nbytes(parts: Sequence[Buffer]) -> int:
-    return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
 
 
 class Push:
@@ -123,14 +120,13 @@ class Push:
     def __init__(
         self,
         endpoint: str,
-        queue: int,
+        queue: Queue,
+        nbytes: int,
         context: zmq.Context[zmq.Socket[bytes]],
         door: Door | None = None,
-        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
-        self._queue = Queue(queue, queue_bytes)
         self._socket = context.socket(zmq.PUSH)
-        self._queue.begin(self._socket)
+        self._socket.sndhwm = queue.length(nbytes)
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
 
@@ -141,7 +137,6 @@ class Push:
         return False
 
     def send(self, parts: Sequence[Buffer]) -> None:
-        self._queue.make_room(_nbytes(parts))
         try:
             self._socket.send_multipart(parts, zmq.DONTWAIT)
             self.sent += 1
@@ -173,10 +168,10 @@ class Replies:
     def __init__(
         self,
         endpoint: str,
-        queue: int,
+        queue: Queue,
+        nbytes: int,
         context: zmq.Context[zmq.Socket[bytes]],
         door: Door | None = None,
-        queue_bytes: int = DEFAULT_QUEUE_BYTES,
     ) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LARGEST_REQUEST
@@ -184,8 +179,8 @@ class Replies:
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
         self._clients: dict[bytes, _Client] = {}
-        self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue)
-        self._most_bytes = queue_bytes
+        self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue.most)
+        self._most_bytes = queue.most_bytes
         self._last = 0  # number of the newest frame, from 1
         self._lock = threading.Lock()  # of the two above
         self._until_s: float | None = None
@@ -213,7 +208,7 @@ class Replies:
         self._ring()
 
     def _kept_bytes(self) -> int:
-        return sum(_nbytes(message) for _, message in self._frames)
+        return sum(nbytes_of(message) for _, message in self._frames)
 
     def close(self, linger_s: float) -> None:
         if self._until_s is None:
