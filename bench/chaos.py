@@ -7,8 +7,8 @@ of garbage; frames of other sizes; time stamps that jump. Every frame carries a 
 
 Exact: the ledger adds up; every frame published was sent, in order, once, with its own pixels; all
 that was received came out; what the recordings hold together are frames that were published, in order, once,
-unaltered, and all of them but those that the recorder's report says were lost or never heard, which there are only if it
-was killed or its disk was full. Back: from the end of an event to the next published frame; after the
+unaltered, and all of them but those that the recorder's report says were lost or never heard, which there are only
+if it was killed or its disk was full. Back: from the end of an event to the next published frame; after the
 recorder was killed, from then to the next recorded one.
 """
 
@@ -96,7 +96,7 @@ class Stage:
         self.appear()
         command = [
             sys.executable, "-m", "emstream", "serve", "--engine", "identity", "--overrun", "block", "--slots", "64",
-            "--queue", "1000000", "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
+            "--queue", "1000000", "--queue-mib", "100000", "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
             "--expect", "64x64:uint8", "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
             "--json",
         ]  # fmt: skip

@@ -169,14 +169,17 @@ def test_socket_that_breaks_is_opened_again_where_it_was_and_the_ledger_stays_ex
     run.wait(lambda ledger: ledger["published"] == 5)
     publisher._socket.close(linger=0)  # under the publisher's feet
     sent = 5
+
+    def one_more() -> None:
+        nonlocal sent
+        run.camera.send_multipart(message(sent, np.full((32, 48), sent % 256, np.uint8)))
+        sent += 1
+        run.wait(lambda ledger: ledger["received"] == sent and not ledger["in_flight"])
+
     while run.ledger["published"] == 5:
-        run.camera.send_multipart(message(sent, np.full((32, 48), sent % 256, np.uint8)))
-        sent += 1
-        run.wait(lambda ledger: ledger["received"] == sent and not ledger["in_flight"])
+        one_more()
     while not run.out.poll(0):  # the display comes back by itself
-        run.camera.send_multipart(message(sent, np.full((32, 48), sent % 256, np.uint8)))
-        sent += 1
-        run.wait(lambda ledger: ledger["received"] == sent and not ledger["in_flight"])
+        one_more()
     for n in range(sent, sent + 5):
         run.camera.send_multipart(message(n, np.full((32, 48), n % 256, np.uint8)))
     ledger = run.wait(lambda ledger: ledger["received"] == sent + 5 and not ledger["in_flight"])
@@ -243,6 +246,9 @@ def test_subscriber_that_does_not_read_piles_up_no_more_bytes_than_allowed(
     with subprocess.Popen(command, stdin=subprocess.PIPE) as lazy:
         while not publisher._wants(b"raw"):
             pass
+        publisher.publish(slot)  # the queue is made shorter
+        while not publisher._wants(b"raw"):
+            pass
         before = resident_mib()
         for _ in range(50):
             publisher.publish(slot)
@@ -251,16 +257,28 @@ def test_subscriber_that_does_not_read_piles_up_no_more_bytes_than_allowed(
     publisher.close(linger_s=0)
 
 
-def test_queue_is_as_long_as_its_bytes_allow_for_frames_of_each_size(context: Any) -> None:
+def test_queue_is_made_shorter_when_frames_grow_and_subscribers_come_back(
+    context: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger()
     publisher = Publisher(
-        "tcp://127.0.0.1:*", Ledger(), queue=64, context=context, queue_bytes=32 * 64 * 64 * 4
+        f"ipc://{tmp_path}/out", ledger, queue=64, context=context, queue_bytes=32 * 64 * 64 * 4, largest=1000
     )
+    display = context.socket(zmq.SUB)
+    display.linger = 0
+    display.connect(publisher.endpoint)
+    display.subscribe(b"denoised")
     lengths = []
     for side in (16, 64, 128, 2000, 16):
         publisher.publish(batch(1, (side, side)))
         lengths.append(publisher._socket.get(zmq.SNDHWM))
-    assert lengths == [64, 32, 8, 1, 64]
+    assert lengths == [64, 32, 8, 1, 1]
+    assert caplog.text.count("is open again") == 3
+    while not display.poll(0):
+        publisher.publish(batch(1))
+    assert ledger.snapshot()["failed"] == 0
     publisher.close(linger_s=0)
+    display.close()
 
 
 @pytest.mark.parametrize(
