@@ -216,7 +216,7 @@ def serve(
         int | None, typer.Option(help="Batches the ring holds. [default: what the engine holds, and two]")
     ] = None,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
-    queue_mib: Annotated[int, typer.Option(help="What those may add up to [MiB].")] = 512,
+    queue_mib: Annotated[int, typer.Option(help="What those may add up to [MiB].")] = 1024,
     drain_s: Annotated[
         float, typer.Option(help="Longest that frames may take to finish after a stop.")
     ] = 10.0,

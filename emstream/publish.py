@@ -101,6 +101,8 @@ class Publisher:
                 self._publish(slot, row)
             if self._ledger.published == published:
                 self._ledger.fail(1)
+            if slot.result[row].nbytes > self._largest:
+                self._make_room(slot.result[row].nbytes)
         return len(rows)
 
     def _publish(self, slot: Slot, row: int) -> None:
@@ -126,8 +128,6 @@ class Publisher:
         }
         message["ledger"] = self._ledger.snapshot(publishing=1)
         try:
-            if slot.result[row].nbytes > self._largest:
-                self._make_room(slot.result[row].nbytes)
             self._open(header)
             if self._wanted(RAW):
                 self._send(RAW, raw, slot.counts[row])
@@ -256,12 +256,17 @@ class Publisher:
         self._is_broken, self._open_again_s = True, time.monotonic() + _OPEN_AGAIN_S
 
     def _make_room(self, nbytes: int) -> None:
-        """Before a frame larger than all before: the queue of a subscriber may have to be shorter now."""
+        """After a frame larger than all before: the queue of a subscriber may have to be shorter now."""
         before, self._largest = self._queue.length(self._largest), nbytes
         length = self._queue.length(nbytes)
         if length == before:
             return
-        log.warning("frames of %d bytes: subscribers' queues now hold %d messages", nbytes, length)
+        log.warning(
+            "frames of %d bytes are larger than expected (--expect): the output is opened again, so that a subscriber's "
+            "queue holds %d messages, no more than --queue-mib",
+            nbytes,
+            length,
+        )
         self._give_up()
         time.sleep(_OPEN_AGAIN_S)
         self._mend()

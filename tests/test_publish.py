@@ -239,14 +239,16 @@ def test_subscriber_that_does_not_read_piles_up_no_more_bytes_than_allowed(
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     publisher = Publisher(
-        f"ipc://{tmp_path}/out", Ledger(), queue=64, context=context, queue_bytes=20 * 1024**2
+        f"ipc://{tmp_path}/out",
+        Ledger(),
+        queue=64,
+        context=context,
+        queue_bytes=20 * 1024**2,
+        largest=4 * 1024**2,
     )
     slot = batch(2, (1024, 1024))  # 4 MiB each, denoised
     command = [sys.executable, "-c", LAZY, publisher.endpoint]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as lazy:
-        while not publisher._wants(b"raw"):
-            pass
-        publisher.publish(slot)  # the queue is made shorter
         while not publisher._wants(b"raw"):
             pass
         before = resident_mib()
@@ -274,6 +276,9 @@ def test_queue_is_made_shorter_when_frames_grow_and_subscribers_come_back(
         lengths.append(publisher._socket.get(zmq.SNDHWM))
     assert lengths == [64, 32, 8, 1, 1]
     assert caplog.text.count("is open again") == 3
+    assert display.poll(10_000)  # what was sent before is not lost
+    while display.poll(0):
+        display.recv_multipart()
     while not display.poll(0):
         publisher.publish(batch(1))
     assert ledger.snapshot()["failed"] == 0

@@ -750,7 +750,7 @@ def test_page_that_keeps_dying_is_given_up_with_what_replaces_it(
 def test_process_of_the_page_says_why_it_cannot_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         page = ViewProcess(f"ipc://{tmp_path}/nobody", port=taken.getsockname()[1])
-        with pytest.raises(OutputError, match="the port is in use"):
+        with pytest.raises(OutputError, match=r"the port is in use.* with --view-port \(0 picks"):
             page.start()
 
 

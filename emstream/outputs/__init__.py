@@ -133,8 +133,8 @@ class Output:
                 self._mend()
             if self._sender.wants():
                 parts = self._format.parts({name: pictures[name] for name in self._names})
-                self._make_room(nbytes_of(parts))
                 self._sender.send(parts)
+                self._make_room(nbytes_of(parts))
         except Exception as error:
             self._failed += 1
             if isinstance(error, zmq.ZMQError) and self._open_again_s is None:
@@ -144,17 +144,16 @@ class Output:
                 log.error("%s failed on %d frames by now: %s", self.endpoint, self._failed, error)
 
     def _make_room(self, nbytes: int) -> None:
-        """Before a message. Raises OutputError when the socket has to be opened again, with a shorter queue."""
+        """After a message larger than all before: the socket may have to be opened again, with a shorter queue."""
         if nbytes <= self._largest:
             return
         before, self._largest = self._queue.length(self._largest), nbytes
         if self._queue.length(nbytes) < before and not isinstance(self._sender, Replies):
-            self._give_up()
-            raise OutputError("messages have grown, and it is opened again with a shorter queue")
+            self._give_up(linger_s=2.0)
 
-    def _give_up(self) -> None:
+    def _give_up(self, linger_s: float = 0.0) -> None:
         """Another socket is opened soon: ZeroMQ lets go of the address in its own time."""
-        self._sender.close(0.0)
+        self._sender.close(linger_s)
         self._order = replace(self._order, endpoint=self.endpoint)  # with the port that was free
         self._open_again_s = time.monotonic() + _OPEN_AGAIN_S
 

@@ -25,7 +25,7 @@ from emstream.endpoint import Door, bind
 log = logging.getLogger(__name__)
 
 Buffer = bytes | memoryview
-DEFAULT_QUEUE_BYTES = 512 * 1024**2
+DEFAULT_QUEUE_BYTES = 1024**3
 _REQUEST = b"next"
 _LARGEST_REQUEST = 1024  # [bytes]
 _FORGET_S = 60.0  # a client that has not asked for so long

@@ -183,6 +183,7 @@ def _main(pipe: Connection, page: _Page) -> None:
             page.token,
             pipe.send if page.records else None,
             page.peer,
+            options="--view-",
         )
         server.start()
     except (EmstreamError, ValueError) as error:
