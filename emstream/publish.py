@@ -262,8 +262,8 @@ class Publisher:
         if length == before:
             return
         log.warning(
-            "frames of %d bytes are larger than expected (--expect): the output is opened again, so that a subscriber's "
-            "queue holds %d messages, no more than --queue-mib",
+            "frames of %d bytes are larger than expected (--expect): the output is opened again, so that a "
+            "subscriber's queue holds %d messages, no more than --queue-mib",
             nbytes,
             length,
         )
