@@ -33,6 +33,7 @@ from emstream.record import FAILURES, Recorder, RecordSettings
 from emstream.recording import disk
 from emstream.recording.salvage import Account, salvage
 from emstream.restarts import Restarts
+from emstream.signals import deaf_processes
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,8 @@ class RecorderProcess:
             daemon=True,
         )
         try:
-            self._process.start()
+            with deaf_processes():
+                self._process.start()
         finally:
             theirs.close()
         if self._asked.is_set():
@@ -287,6 +289,8 @@ class RecorderProcess:
         self._on_status(self._status)
 
     def _bury(self) -> None:
+        if self._process.pid is None:  # it could not be started
+            return
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
@@ -461,7 +465,7 @@ def _sums(reports: list[dict[str, Any]], name: str) -> dict[str, int]:
 def _recorder_main(
     settings: RecordSettings, hello: bytes, left: _Unfinished | None, pipe: Connection
 ) -> None:
-    # A signal reaches the whole terminal or service unit; the service says itself when it has finished.
+    # The service says itself when it has finished.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     to_stderr = logging.StreamHandler(sys.stderr)

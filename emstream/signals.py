@@ -66,5 +66,21 @@ def begin_on_signal(begin: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
+@contextlib.contextmanager
+def deaf_processes() -> Iterator[None]:
+    """Processes started in the block never hear SIGINT or SIGTERM, which reach a whole terminal or service unit.
+
+    From their first moment on: what they ignore later may come before.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from emstream.errors import EmstreamError, OutputError
 from emstream.keys import Peer
 from emstream.restarts import Restarts
+from emstream.signals import deaf_processes
 from emstream.view.door import token_for
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ class ViewProcess:
 
     def start(self) -> None:
         """Returns when the page is served; raises what `ViewServer.start` raises."""
-        self._process.start()
-        self._theirs.close()
+        self._launch()
         try:
             self._wait_until_served()
         except BaseException:
@@ -90,13 +90,20 @@ class ViewProcess:
             target=_main, args=(self._theirs, self._page), name="view", daemon=True
         )
 
+    def _launch(self) -> None:
+        try:
+            with deaf_processes():
+                self._process.start()
+        finally:
+            self._theirs.close()
+
     def _end(self) -> None:
         if self._process.pid is None:
             return
         self._process.join(timeout=5)
         if self._process.is_alive():
-            self._process.terminate()
-            self._process.join(timeout=5)
+            self._process.kill()
+            self._process.join()
 
     def _wait_until_served(self) -> None:
         """Raises what `ViewServer.start` raises."""
@@ -125,11 +132,13 @@ class ViewProcess:
                 )
                 return
             log.error("the live page died (%s); another one is started", why)
-            if self._stopping.wait(pause_s) or not self._start_another():
+            if self._stopping.wait(pause_s):
                 return
             try:
+                if not self._start_another():
+                    return
                 self._wait_until_served()
-            except (EmstreamError, ValueError) as error:
+            except (EmstreamError, OSError, ValueError) as error:
                 why = str(error)
             else:
                 log.info("the live page is back: %s", self.url)
@@ -144,8 +153,7 @@ class ViewProcess:
             self._pipe.close()
             self._process.close()
             self._begin()
-            self._process.start()
-            self._theirs.close()
+            self._launch()
         return True
 
     def _follow(self) -> str:
@@ -169,8 +177,9 @@ class ViewProcess:
 
 
 def _main(pipe: Connection, page: _Page) -> None:
-    # Ctrl-C reaches the whole terminal; the page stays until the service has drained.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The page stays until the service has drained.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):
         os.nice(_NICE)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -389,14 +390,17 @@ def test_signal_ends_a_service_that_still_starts_at_once_and_without_a_word_too_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_recorder_and_page_start_ends_them_too(tmp_path: Path, number: int) -> None:
     psutil = pytest.importorskip("psutil")
-    service = start(
-        "serve", "--input", "sim://", "--engine", "identity", "--output", f"ipc://{tmp_path}/out", "--record", tmp_path,
-        "--view", "--view-port", 0, "--json",
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "emstream", "serve", "--input", "sim://", "--engine", "identity", "--output",
+        f"ipc://{tmp_path}/out", "--record", str(tmp_path), "--view", "--view-port", "0", "--json",
+    ]  # fmt: skip
+    service = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     line_with(service, "engine identity on")
     while not (children := psutil.Process(service.pid).children()):
         assert service.poll() is None
-    service.send_signal(number)
+    os.killpg(service.pid, number)  # as a terminal does, and systemd
     out, err = service.communicate(timeout=30)
     assert service.returncode == 0, err
     assert "Traceback" not in err
