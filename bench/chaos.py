@@ -6,9 +6,10 @@ stops reading; the recorder is killed, or meets a full disk; the whole service s
 of garbage; frames of other sizes; time stamps that jump. Every frame carries a checksum of its pixels.
 
 Exact: the ledger adds up; every frame published was sent, in order, once, with its own pixels; all
-that was received came out; what the recording holds is a run of frames that were published, unaltered, and all
-of them unless the recorder was killed or its disk was full. Back: from the end of an event to the next
-published frame.
+that was received came out; what the recordings hold together are frames that were published, in order, once,
+unaltered, and all of them but those that the recorder's report says were lost or never heard, which there are only
+if it was killed or its disk was full. Back: from the end of an event to the next published frame; after the
+recorder was killed, from then to the next recorded one.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import zmq
 from bench import malformed, report
 from bench.program import Program
 from emstream import wire
+from emstream.errors import FileFormatError
 from emstream.frame import FrameHeader, now_ns
 from emstream.publish import DENOISED, RAW
 from emstream.recording import Recording
@@ -80,7 +82,11 @@ class Stage:
     garbage: int = 0
     series: int = 0
     frame: int = 0
-    lost_recording: bool = False
+    disk_was_full: bool = False
+    killed_ns: list[int] = field(default_factory=list)
+    """When the recorder was killed [ns since the Unix epoch]."""
+    recording: dict[str, Any] = field(default_factory=dict)
+    """What the service says of its recorder."""
     last_s: float = 0.0
     """When a frame was published last [monotonic]."""
 
@@ -89,6 +95,7 @@ class Stage:
         self.appear()
         self.program = Program(
             self.folder, "--engine", "identity", "--overrun", "block", "--slots", "64", "--queue", "1000000",
+            "--queue-mib", "100000",
             "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
             "--expect", "64x64:uint8", "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
         )  # fmt: skip
@@ -149,6 +156,7 @@ class Stage:
             parts = socket.recv_multipart()
             self._ready.set()  # statistics come before the first frame
             head = wire.unpack(parts[1])
+            self.recording = head.get("recording") or self.recording
             if head["htype"] == wire.FRAME:
                 self._check(head, np.frombuffer(parts[2], np.float32))
                 self.last_s = time.monotonic()
@@ -192,17 +200,32 @@ class Stage:
         self.send(300)
         viewer.close(linger=0)
 
-    def recorder_is_killed(self) -> None:
-        for recorder in self._recorders():
-            self.lost_recording = True
-            recorder.kill()
-        self.send(50)
+    def recorder_is_killed(self) -> float | None:
+        """Returns how soon another one recorded, if it should [s]."""
+        recorder = self._recorder()
+        self.killed_ns.append(now_ns())
+        recorder.kill()
+        if self.disk_was_full:  # nobody tells it to record again
+            self.send(50)
+            return None
+        died = len(self.killed_ns)
+
+        def goes_on() -> bool:
+            self.send()
+            time.sleep(0.01)
+            return self.recording.get("died") == died and self.recording["state"] == "recording"
+
+        self._wait(goes_on, "another recorder")
+        return (now_ns() - self.killed_ns[-1]) / 1e9
 
     def disk_is_full(self) -> None:
-        for recorder in self._recorders():
-            self.lost_recording = True
-            size = (self.folder / "run.h5").stat().st_size
-            recorder.rlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
+        recorder = self._recorder()
+        sizes = [
+            Path(file.path).stat().st_size for file in recorder.open_files() if file.path.endswith(".h5")
+        ]
+        if sizes:
+            self.disk_was_full = True
+            recorder.rlimit(resource.RLIMIT_FSIZE, (max(sizes) + 1000, resource.RLIM_INFINITY))
         self.send(200)
 
     def service_stands_still(self) -> None:
@@ -224,13 +247,18 @@ class Stage:
         for jump_s in (-3600, 3600, -(10**9), 10**9):
             self.send(5, timestamp_ns=max(0, now_ns() + jump_s * 10**9))
 
-    def _recorders(self) -> list[psutil.Process]:
-        found = []
-        for child in psutil.Process(self.service.pid).children(recursive=True):
+    def _recorder(self) -> psutil.Process:
+        """The one process of the service's own that is none of Python's."""
+        found: list[psutil.Process] = []
+
+        def is_there() -> bool:
             with contextlib.suppress(psutil.Error):
-                if any(file.path.endswith("run.h5") for file in child.open_files()):
-                    found.append(child)
-        return found
+                children = psutil.Process(self.service.pid).children()
+                found.extend(child for child in children if "spawn_main" in " ".join(child.cmdline()))
+            return bool(found)
+
+        self._wait(is_there, "a recorder")
+        return found[-1]
 
     # -- in the end -------------------------------------------------------------------------
 
@@ -259,21 +287,35 @@ class Stage:
             self.wrong.append(f"{counted['published']} frames published and {len(self.seen)} seen")
         if counted["rejected"] > self.garbage:
             self.wrong.append(f"{counted['rejected']} messages rejected, {self.garbage} were garbage")
-        self._check_recording()
+        self._check_recording(said["recording"], counted["published"])
         return dict(counted)
 
-    def _check_recording(self) -> None:
+    def _check_recording(self, said: dict[str, Any], published: int) -> None:
+        recordings = []
+        for path in self.folder.glob("run*.h5"):
+            with contextlib.suppress(
+                FileFormatError
+            ):  # killed before it held a frame: its report knows of none
+                recordings.append(Recording(path))
         recorded = []
-        for path in sorted(self.folder.glob("run*.h5"), key=lambda path: (len(path.name), path.name)):
-            with contextlib.closing(Recording(path)) as recording:
+        for recording in sorted(recordings, key=lambda each: int(each.raw.arrived_ns[0])):
+            with recording:
                 for row in range(len(recording.raw)):
                     header, pixels = recording.raw.header(row), recording.raw[row]
                     if zlib.crc32(pixels.tobytes()) != header["crc"]:
-                        self.wrong.append(f"row {row} of {path.name} was altered")
+                        self.wrong.append(f"row {row} of {recording.path.name} was altered")
                     recorded.append((header["series"], header["frame"]))
-        if not set(recorded) <= set(self.seen):
-            self.wrong.append("frames were recorded that were not published")
-        if not self.lost_recording and recorded != self.seen:
+        if recorded != sorted(set(recorded)) or not set(recorded) <= set(self.seen):
+            self.wrong.append("frames were recorded that were not published, or twice, or out of order")
+        if said["frames"]["raw"] != len(recorded):
+            self.wrong.append(f"{len(recorded)} frames recorded, {said['frames']['raw']} reported")
+        if self.disk_was_full:
+            return
+        for track in ("raw", "denoised"):
+            counts = {name: said[name][track] for name in ("frames", "lost", "unheard")}
+            if sum(counts.values()) != published:
+                self.wrong.append(f"{published} frames published, and of {track} ones {counts}")
+        if not self.killed_ns and recorded != self.seen:
             self.wrong.append(f"{len(self.seen)} frames published and {len(recorded)} recorded")
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
@@ -285,7 +327,7 @@ class Stage:
             time.sleep(0.002)
 
 
-EVENTS = (
+EVENTS: tuple[Callable[[Stage], float | None], ...] = (
     Stage.camera_dies, Stage.viewer_is_killed, Stage.viewer_stops_reading, Stage.recorder_is_killed,
     Stage.disk_is_full, Stage.service_stands_still, Stage.garbage_floods_in, Stage.frames_change_their_size,
     Stage.clock_jumps,
@@ -302,8 +344,9 @@ def schedule(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
             stage.send(20)
             for _ in range(arguments.events):
                 event = rng.choice(EVENTS)
-                event(stage)
-                events.append({"event": event.__name__, "back_s": round(stage.back_s(), 3)})
+                recording_s = event(stage)
+                back_s = stage.back_s() if recording_s is None else recording_s
+                events.append({"event": event.__name__, "back_s": round(back_s, 3)})
             counted = stage.finish()
         finally:
             stage.service.kill()

@@ -135,6 +135,7 @@ def run(case: Case) -> dict[str, Any]:
         max_batch=8,
         expect=case.expect,
         queue=4000,
+        queue_bytes=2**40,
     )
     with rig.Children() as children:
         service = children.start(rig.service, settings)

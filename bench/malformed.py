@@ -23,7 +23,7 @@ _FRAME: dict[str, Any] = {"htype": wire.FRAME, "shape": [SIDE, SIDE], "type": "u
 _HEADER: bytes = msgpack.packb(_FRAME)
 _BEFORE_NUMBER = len(_HEADER) - 1
 _JSON = json.dumps({**_FRAME, "htype": wire.ARRAY}).encode()
-_LARGEST = wire.MAX_HEADER_BYTES
+_LARGEST = wire.DEFAULT_MAX_HEADER_BYTES
 _ABSURD: tuple[dict[str, Any], ...] = (
     *({"shape": shape} for shape in (
         None, [], [SIDE], [0, SIDE], [-1, SIDE], [SIDE, 2**31], [2**52, 2**52], [2.5, 2.5], ["32", "32"], [[SIDE]] * 2,

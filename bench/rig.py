@@ -37,7 +37,8 @@ from emstream.endpoint import connect, last_endpoint
 from emstream.frame import now_ns
 from emstream.keys import Peer
 from emstream.publish import DENOISED
-from emstream.serve import Settings, build, stop_on_signals
+from emstream.serve import Settings, build
+from emstream.signals import stop_on_signals
 from emstream.sources.zmq import QUEUE_FRAMES as INPUT_QUEUE_FRAMES
 
 SOURCE, SERIES = "bench", 0

@@ -105,6 +105,7 @@ def measure(kind: str, middle: str, frames: int, warmup: int, size: int, window:
                 engine="identity",
                 overrun=Overrun.block,
                 queue=_QUEUE_WINDOWS * window,
+                queue_bytes=2**40,
             )
             between = children.start(rig.service, settings)
             output, _ = between.answer()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -22,6 +21,7 @@ from typer.core import TyperGroup
 from emstream.errors import EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
 from emstream.printable import JsonFormatter, PrintableFormatter, printable, printable_lines
+from emstream.signals import begin_on_signal, end_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from emstream.record_process import RecorderProcess
@@ -221,6 +221,7 @@ def serve(
         int | None, typer.Option(help="Batches the ring holds. [default: what the engine holds, and two]")
     ] = None,
     queue: Annotated[int, typer.Option(help="Messages a subscriber may lag by before it loses some.")] = 64,
+    queue_mib: Annotated[int, typer.Option(help="What those may add up to [MiB].")] = 1024,
     drain_s: Annotated[
         float, typer.Option(help="Longest that frames may take to finish after a stop.")
     ] = 10.0,
@@ -289,6 +290,10 @@ def serve(
     precision: Precision = None,
     threads: Threads = None,
     max_frame_mib: Annotated[int, typer.Option(help="Larger frames are rejected [MiB].")] = 256,
+    max_header_kib: Annotated[int, typer.Option(help="Larger headers are rejected [KiB].")] = 64,
+    max_rate: Annotated[
+        float | None, typer.Option(help="Frames beyond so many a second are rejected. [default: none are]")
+    ] = None,
     view: Annotated[bool, typer.Option("--view", help="Serve the live page, too.")] = False,
     view_host: ViewHost = "127.0.0.1",
     view_port: ViewPort = 8080,
@@ -306,15 +311,17 @@ def serve(
     """
     from contextlib import ExitStack
 
-    from emstream.serve import Service
-    from emstream.serve import serve as run
+    with end_on_signals():
+        from emstream.serve import Service
+        from emstream.serve import serve as run
 
     settings = _settings_of(
         input=input, output=output, engine=engine, device=device, precision=precision, threads=threads,
         max_batch=max_batch, max_wait_ms=max_wait_ms, overrun=overrun, slots=slots, gain=gain,
         offset=offset, offset_map=offset_map, gain_map=gain_map, flat_field=flat_field, mask=mask,
         binning=binning, roi=roi,
-        max_frame_mib=max_frame_mib, queue=queue, drain_s=drain_s, expect=expect, frames=frames,
+        max_frame_mib=max_frame_mib, max_header_kib=max_header_kib, max_rate=max_rate,
+        queue=queue, queue_mib=queue_mib, drain_s=drain_s, expect=expect, frames=frames,
         fallback=fallback, stall_limit_s=stall_limit_s, metrics=metrics, control=control,
         key=key, admit=admit, camera_key=camera_key, insecure=insecure,
     )  # fmt: skip
@@ -324,7 +331,7 @@ def serve(
     recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
         # Without a handler this signal would end the service.
-        stack.enter_context(_begin_on_signal(lambda: log.warning("SIGUSR1: no recorder to begin")))
+        stack.enter_context(begin_on_signal(lambda: log.warning("SIGUSR1: no recorder to begin")))
 
         def ready(service: Service) -> None:
             log.info(
@@ -349,8 +356,8 @@ def serve(
                 stack.callback(
                     lambda: recordings.append(_finished(recorder, service.ledger.snapshot()["published"]))
                 )
-                stack.enter_context(_begin_on_signal(recorder.begin))
-            if view:
+                stack.enter_context(begin_on_signal(recorder.begin))
+            if view and not service.pipeline.is_stopping:
                 from emstream.view import ViewProcess
 
                 page = ViewProcess(
@@ -373,7 +380,14 @@ def serve(
     _check_recording(*recordings)
 
 
-def _settings_of(output: Sequence[str] | None, max_frame_mib: int, control: str, **options: Any) -> Settings:
+def _settings_of(
+    output: Sequence[str] | None,
+    max_frame_mib: int,
+    max_header_kib: int,
+    queue_mib: int,
+    control: str,
+    **options: Any,
+) -> Settings:
     """What `serve` runs, of its options; others are left out. Raises ValueError for those that make no sense."""
     from dataclasses import fields
 
@@ -383,6 +397,8 @@ def _settings_of(output: Sequence[str] | None, max_frame_mib: int, control: str,
     return Settings(
         output=output or DEFAULT_OUTPUT,
         max_frame_bytes=max_frame_mib * 1024**2,
+        max_header_bytes=max_header_kib * 1024,
+        queue_bytes=queue_mib * 1024**2,
         control=None if control == "none" else control,
         **{name: value for name, value in options.items() if name in known},
     )
@@ -478,7 +494,6 @@ def record(
     """
     from emstream.keys import Peer
     from emstream.record import Recorder, RecordSettings
-    from emstream.serve import stop_on_signals
 
     size, room = _size(split, "split"), _size(buffer, "buffer")
     assert room is not None
@@ -489,7 +504,7 @@ def record(
         )
     )  # fmt: skip
     log = logging.getLogger("emstream.record")
-    with stop_on_signals(recorder.stop), _begin_on_signal(recorder.begin), _recording_line() as show:
+    with stop_on_signals(recorder.stop), begin_on_signal(recorder.begin), _recording_line() as show:
         log.info("listening to %s", input)
         if look_back:
             log.info(
@@ -525,21 +540,6 @@ def _finished(recorder: RecorderProcess, published: int) -> dict[str, Any]:
         return recorder.finish(published)
     except EmstreamError as error:
         return {"files": [], "ended": "failed", "error": str(error)}
-
-
-@contextmanager
-def _begin_on_signal(begin: Callable[[], None]) -> Iterator[None]:
-    """SIGUSR1 calls `begin`, where there is such a signal and in the main thread."""
-    import threading
-
-    if not hasattr(signal, "SIGUSR1") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: begin())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 def _begin_on_enter(begin: Callable[[], None]) -> None:
@@ -625,7 +625,6 @@ def camera(
 
     from emstream.camera import CameraSettings, Faults, run_camera
     from emstream.camera.dectris import DectrisSettings, run_dectris
-    from emstream.serve import stop_on_signals
 
     common: dict[str, Any] = {
         "output": output, "rate": rate, "dose": dose, "height": height, "width": width, "seed": seed,
@@ -677,7 +676,6 @@ def view(
     import threading
 
     from emstream.keys import Peer
-    from emstream.serve import stop_on_signals
     from emstream.view import ViewServer
 
     page = ViewServer(input, host, port, token, peer=Peer.of(key, service_key))

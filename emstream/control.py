@@ -67,7 +67,7 @@ class Control:
 
     def _answer(self, packed: bytes) -> dict[str, Any]:
         try:
-            question = wire.unpack(packed)
+            question = wire.unpack(packed, LARGEST_QUESTION)
             answer = self._answers.get(str(question.get("do")))
             if answer is None:
                 raise ValueError(f"do must be one of {', '.join(self._answers)}, got {question.get('do')!r}")

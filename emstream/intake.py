@@ -9,7 +9,7 @@ A source calls, for each message it gets::
 and `malformed(reason)` for a message without a usable header, `skip(header)` for a frame that
 the camera says it does not send, `mark(message)` for the start or end of a series. The overrun
 policy, the corrections (`emstream.corrections`) and the checks that a frame is no larger than
-allowed and its pixels are numbers live here, so that every source has them alike.
+allowed, comes no sooner and its pixels are numbers live here, so that every source has them alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from emstream.frame import PIXEL_TYPES, FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.ring import Ring, SeriesMark
 from emstream.watchdog import Watchdog
-from emstream.wire import DEFAULT_MAX_FRAME_BYTES
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,19 @@ class Intake:
         corrections: Corrections | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         watchdog: Watchdog | None = None,
+        max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
+        max_rate: float | None = None,
     ) -> None:
+        """`max_rate` [frames/s]: frames beyond are rejected, once a second's worth of them has come at one time."""
         if max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {max_frame_bytes} bytes")
         self.max_frame_bytes = max_frame_bytes
+        self.max_header_bytes = max_header_bytes
+        """What a source takes as the header of a message; sources check it themselves."""
+        self._max_rate = max_rate
+        self._step_ns = int(1e9 / max_rate) if max_rate else 0
+        self._ahead_ns = max(0, 1_000_000_000 - self._step_ns)
+        self._next_ns = 0  # when the next frame would come, did they come evenly
         self._ring = ring
         self._ledger = ledger
         self._overrun = overrun
@@ -95,6 +104,9 @@ class Intake:
         self._received_ns = now_ns()
         self._ledger.receive()
         self._ledger.number(header.source, header.series, header.frame)
+        if self._step_ns and not self._is_due():
+            self._count_rejected(f"more than {self._max_rate:g} frames/s, the limit of --max-rate")
+            return None
         try:
             row = self._reserve(header)
         except MalformedFrame as error:
@@ -161,6 +173,13 @@ class Intake:
     def begin(self, source: str, series: int | str, first: int) -> None:
         """The camera says that a series begins with frame `first`: those before the one that comes are missing."""
         self._ledger.begin(source, series, first)
+
+    def _is_due(self) -> bool:
+        """Whether the frame received now is within the rate allowed."""
+        if self._next_ns - self._received_ns > self._ahead_ns:
+            return False
+        self._next_ns = max(self._next_ns, self._received_ns) + self._step_ns
+        return True
 
     def _reserve(self, header: FrameHeader) -> np.ndarray | None:
         self._check(header)

@@ -194,13 +194,14 @@ class Ledger:
     def in_flight(self) -> int:
         return self.snapshot()["in_flight"]
 
-    def snapshot(self) -> dict[str, int]:
-        """All counters at one moment."""
+    def snapshot(self, publishing: int = 0) -> dict[str, int]:
+        """All counters at one moment, as they are once so many frames in flight are published."""
         with self._lock:
-            settled = self._published + self._dropped + self._rejected + self._failed
+            published = self._published + publishing
+            settled = published + self._dropped + self._rejected + self._failed
             return {
                 "received": self._received,
-                "published": self._published,
+                "published": published,
                 "dropped": self._dropped,
                 "rejected": self._rejected,
                 "failed": self._failed,

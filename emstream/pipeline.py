@@ -95,6 +95,11 @@ class Pipeline:
             self._abort()
         self._stopping.set()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it takes no more frames, or never will."""
+        return self._stopping.is_set()
+
     def note_recording(self, status: dict[str, Any]) -> None:
         """Say from now on, and at once, how the recorder beside this service fares. Any thread may call it."""
         self._recording = status

@@ -43,6 +43,7 @@ from emstream.recording.backlog import Backlog, Entry
 from emstream.recording.gaps import GapMap
 from emstream.recording.layout import COUNTERS, WRITE_ERROR
 from emstream.recording.reader import part_of
+from emstream.recording.salvage import Account
 from emstream.recording.writer import RecordingFile, compression, reason
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class Recorder:
         self._early_mark: Entry | None = None
         self._file: RecordingFile | None = None
         self._files: list[Path] = []
+        self._on_file: Callable[[Path], None] = lambda path: None
         self._id = secrets.token_hex(8)
         self._recorded = {"raw": 0, "denoised": 0}
         self._unwritten = {"raw": 0, "denoised": 0}
@@ -201,14 +203,21 @@ class Recorder:
         on_status: Callable[[dict[str, Any]], None] | None = None,
         hello: bytes | None = None,
         on_ready: Callable[[], None] | None = None,
+        on_file: Callable[[Path], None] | None = None,
+        account: Account | None = None,
     ) -> dict[str, Any]:
         """Record until `stop`, the frames are counted, the series ends or the disk fills; returns the report.
 
-        `on_status` is called about once a second, and when something is lost or changes. `hello` is
-        subscribed to, too, so that the publisher can tell that this recorder listens, before its first frame.
+        `on_status` is called about once a second, and when something is lost or changes; `on_file` with each
+        file, just before it is made, in another thread. `hello` is subscribed to, too, so that the publisher can
+        tell that this recorder listens, before its first frame. What was published after `account` and does not
+        come is *unheard*.
         """
         if hello is not None:
-            self._heard.published = 0
+            account = Account(0, 0)
+        if account is not None:
+            self._heard.go_on_from(account)
+        self._on_file = on_file or self._on_file
         socket = self._subscribe(hello)
         writer = threading.Thread(target=self._guard, args=(self._write,), name="recording")
         writer.start()
@@ -500,6 +509,7 @@ class Recorder:
             for older in _parts(path)[1:] if part == 1 else ():
                 if (part_of(older) or 0) > 1:  # and no other file that has such a name
                     older.unlink(missing_ok=True)
+        self._on_file(path)
         self._file = RecordingFile(
             path, entry, part=part, compress=self.settings.compress, gaps=self._gaps, recording_id=self._id
         )
@@ -567,6 +577,10 @@ class _Heard:
         self.published: int | None = None
         """Frames published up to the last message; None until one says so."""
         self._raw_since = 0
+
+    def go_on_from(self, account: Account) -> None:
+        """Another recorder accounts for what was published up to there."""
+        self.published, self._raw_since = account.published, account.raw_since
 
     def receive_raw(self, frame: Frame) -> None:
         self.raw += 1

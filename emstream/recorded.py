@@ -7,8 +7,13 @@ from typing import Any
 from emstream import wire
 from emstream.printable import printable
 
-STATES = ("waiting", "looking back", "recording", "finishing", "silent", "ended", "failed")
-_WRONG = {"silent": "the recorder is silent", "ended": "recording ended", "failed": "the recorder failed"}
+STATES = ("waiting", "looking back", "recording", "finishing", "silent", "ended", "restarting", "failed")
+_WRONG = {
+    "silent": "the recorder is silent",
+    "ended": "recording ended",
+    "restarting": "the recorder died, another one starts",
+    "failed": "the recorder failed",
+}
 _TRACKS = ("raw", "denoised")
 _LONGEST = 500
 
@@ -17,7 +22,8 @@ def recording_of(message: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the recorder from a message that may hold anything; None when there is no recorder.
 
     Keys, where the service has them: ``state`` (one of `STATES`), ``path``, ``why``, texts; ``frames``,
-    ``lost``, ``unheard`` {raw, denoised}; ``missing``; ``look_back_s``, ``disk_s`` [s]; ``free_bytes``; and
+    ``lost``, ``unheard`` {raw, denoised}; ``missing``; ``died``, how often the recorder did; ``look_back_s``,
+    ``disk_s`` [s]; ``free_bytes``; and
     always ``faults``, what is wrong in words.
     """
     said = message.get("recording")
@@ -29,7 +35,7 @@ def recording_of(message: dict[str, Any]) -> dict[str, Any] | None:
             found[key] = printable(said[key][:_LONGEST])
     for key in ("frames", "lost", "unheard"):
         found[key] = {name: int(n) for name, n in wire.numbers(said.get(key), _TRACKS).items()}
-    found |= wire.numbers(said, ("missing", "look_back_s", "free_bytes", "disk_s"))
+    found |= wire.numbers(said, ("missing", "died", "look_back_s", "free_bytes", "disk_s"))
     found["faults"] = _faults(found)
     return found
 

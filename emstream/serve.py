@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -44,13 +41,15 @@ from emstream.ledger import Ledger
 from emstream.memory import blocks_that_go_back, keep_freed_blocks
 from emstream.metrics import MetricsServer, Watched, host_and_port
 from emstream.movies import open_movie
+from emstream.outputs.sockets import DEFAULT_QUEUE_BYTES
 from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.quality import self_test
 from emstream.ring import Ring
+from emstream.signals import end_on_signals, stop_on_signals
 from emstream.sources import open_source
 from emstream.watchdog import Watchdog
-from emstream.wire import DEFAULT_MAX_FRAME_BYTES
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES, MOST_HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +102,15 @@ class Settings:
     roi: str | None = None
     """Part of the frame that is kept: rows x columns + top + left."""
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES
+    """Larger frames are rejected."""
+    max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES
+    """Messages whose header is larger are rejected."""
+    max_rate: float | None = None
+    """Frames beyond so many a second are rejected, a second's worth at a time; None takes all."""
     queue: int = DEFAULT_QUEUE
     """Messages a subscriber may lag by before it loses some."""
+    queue_bytes: int = DEFAULT_QUEUE_BYTES
+    """What those may add up to."""
     expect: str | None = None
     """Frame size and type to be ready for; other frames are taken, too, but the first has to wait.
 
@@ -139,6 +145,15 @@ class Settings:
             raise ValueError(f"binning must be at least 1 pixel, got {self.binning}")
         if self.max_frame_bytes < 1:
             raise ValueError(f"the largest frame must be positive, got {self.max_frame_bytes} bytes")
+        if not 1024 <= self.max_header_bytes <= MOST_HEADER_BYTES:
+            raise ValueError(
+                f"the largest header must lie in 1024-{MOST_HEADER_BYTES} bytes, got {self.max_header_bytes}"
+            )
+        if self.max_rate is not None and not 0 < self.max_rate < 1e6:
+            raise ValueError(f"max_rate must lie in 0-1000000 frames/s, got {self.max_rate}")
+        for name in ("queue", "queue_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_wait_ms", "drain_s", "stall_limit_s"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
@@ -366,12 +381,18 @@ def _assemble(
     )
     ring.prepare(*settings.expected_frame(engine, corrections))
     native, others = outputs.orders(settings.output)
-    publisher = Publisher(native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue, door=door)
+    (height, width), _ = settings.expected_frame(engine, corrections)
+    limits = {"queue_bytes": settings.queue_bytes, "largest": 4 * height * width}
+    publisher = Publisher(
+        native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue, None, door, **limits
+    )
     try:
         for order in others:
-            publisher.add(outputs.Output(order, settings.queue, door=door))
+            publisher.add(outputs.Output(order, settings.queue, None, door, **limits))
         peer = None if settings.camera_key is None else Peer.of(settings.key, settings.camera_key)
-        source = source or open_source(settings.input, settings.max_frame_bytes, peer, door)
+        source = source or open_source(
+            settings.input, settings.max_frame_bytes, peer, door, settings.max_header_bytes
+        )
     except Exception:
         publisher.close(linger_s=0)
         raise
@@ -383,6 +404,8 @@ def _assemble(
         corrections=corrections,
         max_frame_bytes=settings.max_frame_bytes,
         watchdog=watchdog,
+        max_header_bytes=settings.max_header_bytes,
+        max_rate=settings.max_rate,
     )
     pipeline = Pipeline(
         source=source,
@@ -405,9 +428,11 @@ def serve(
     """Run a service until its source ends, `frames` are published, or SIGINT or SIGTERM comes.
 
     Returns the final report. A first signal drains: frames received are still denoised
-    and published. A second one drops them. A third one ends the process at once.
+    and published. A second one drops them. A third one ends the process at once; and so does the first
+    while the service is still being put together.
     """
-    service = build(settings, **parts)
+    with end_on_signals():
+        service = build(settings, **parts)
     try:
         with stop_on_signals(service.pipeline.stop), _control(service), _metrics(service):
             if on_ready:
@@ -465,31 +490,3 @@ def _control(service: Service) -> Iterator[None]:
         yield
     finally:
         control.close()
-
-
-@contextlib.contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at SIGINT and SIGTERM, in the main thread; elsewhere signals are left alone.
-
-    After two of them the process has not ended because something hangs: a third kills it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    times = 0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal times
-        times += 1
-        if times > 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

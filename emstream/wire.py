@@ -32,7 +32,9 @@ END = "emstream-end-1.0"
 STATS = "emstream-stats-1.0"
 ARRAY = "array-1.0"
 
-MAX_HEADER_BYTES = 64 * 1024
+DEFAULT_MAX_HEADER_BYTES = 64 * 1024
+MOST_HEADER_BYTES = 16 * 1024**2
+"""Of a limit that anybody may set, and of what a service publishes."""
 DEFAULT_MAX_FRAME_BYTES = 256 * 1024**2
 EPICS_EPOCH_S = 631_152_000  # 1990-01-01 since the Unix epoch
 _MAX_DEPTH = 32  # what is nested deeper cannot be read back everywhere that headers go
@@ -49,10 +51,10 @@ def pack(message: Mapping[str, Any]) -> bytes:
     return packed
 
 
-def unpack(data: bytes) -> dict[str, Any]:
-    """A msgpack or JSON map of at most 64 KiB and 32 levels."""
-    if len(data) > MAX_HEADER_BYTES:
-        raise MalformedFrame(f"header of {len(data)} bytes exceeds {MAX_HEADER_BYTES}")
+def unpack(data: bytes, max_bytes: int = 2 * MOST_HEADER_BYTES) -> dict[str, Any]:
+    """A msgpack or JSON map of at most `max_bytes` and 32 levels."""
+    if len(data) > max_bytes:
+        raise MalformedFrame(f"header of {len(data)} bytes exceeds the limit of {max_bytes}")
     try:
         if data[:1] == b"{":
             message = json.loads(data)

@@ -65,6 +65,7 @@ class Rig:
                     "output": f"ipc://{folder}/out",
                     "engine": "identity",
                     "queue": 10_000,
+                    "queue_bytes": 2**40,
                 }
                 | settings
             ),

@@ -120,3 +120,27 @@ def test_log_lines_are_json_on_request() -> None:
         "logger": "emstream.x",
         "message": 'a "quote"\nand 5',
     }
+
+
+def test_limits_are_options_like_the_others(file: Path) -> None:
+    file.write_text('[serve]\ninput = "sim://"\nmax-rate = 500\nqueue_mib = 64\n')
+    found = checked("--config", file, EMSTREAM_SERVE_MAX_HEADER_KIB="128")
+    assert found["max_rate"] == {"value": 500.0, "from": str(file)}
+    assert found["queue_mib"] == {"value": 64, "from": str(file)}
+    assert found["max_header_kib"] == {"value": 128, "from": "environment: EMSTREAM_SERVE_MAX_HEADER_KIB"}
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("max_rate = 0", "max_rate must lie in 0-1000000 frames/s, got 0.0"),
+        ("max_header_kib = 0", "the largest header must lie in 1024-16777216 bytes, got 0"),
+        ("max_header_kib = 100000", "got 102400000"),
+        ("queue_mib = 0", "queue_bytes must be at least 1, got 0"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(file: Path, line: str, text: str) -> None:
+    file.write_text(f'[serve]\ninput = "sim://"\n{line}\n')
+    done = run("--config", file, "config", "check")
+    assert done.exit_code == 2
+    assert text in done.output

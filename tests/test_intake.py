@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emstream import intake
 from emstream.corrections import Corrections
 from emstream.frame import FrameHeader
 from emstream.intake import Intake, Overrun
@@ -191,3 +192,35 @@ def test_frame_that_cannot_be_is_rejected_whatever_its_source_looked_at(
     assert desk.ledger.snapshot()["rejected"] == 1
     assert next(iter(desk.ledger.reasons())).startswith(reason)
     assert desk.give(header(1, SHAPE))
+
+
+def test_frames_beyond_the_rate_allowed_are_rejected_with_the_limit_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 5 * 10**18
+    monkeypatch.setattr(intake, "now_ns", lambda: now)
+    desk = Desk(slots=300, overrun=Overrun.drop_oldest, max_rate=100.0)
+    assert [desk.give(header(n, SHAPE)) for n in range(101)] == [True] * 100 + [False]  # a second's worth
+    assert desk.ledger.reasons() == {"more than 100 frames/s, the limit of --max-rate": 1}
+    taken = 0
+    for n in range(101, 1101):  # five times the rate allowed, for two seconds
+        now += 2_000_000
+        taken += desk.give(header(n, SHAPE))
+    assert taken == 200
+    ledger = desk.ledger.snapshot()
+    assert ledger["rejected"] == 1 + 800
+    assert ledger["missing"] == 0
+    assert exact(ledger)
+    now += 10**10  # nothing is saved up beyond a second's worth
+    assert sum(desk.give(header(n, SHAPE)) for n in range(1101, 1300)) == 100
+
+
+def test_rate_below_one_a_second_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5 * 10**18
+    monkeypatch.setattr(intake, "now_ns", lambda: now)
+    desk = Desk(slots=300, max_rate=0.5)
+    taken = 0
+    for n in range(100):
+        now += 200_000_000
+        taken += desk.give(header(n, SHAPE))
+    assert taken == 10

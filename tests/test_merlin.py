@@ -141,7 +141,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "raw, a row of chips": (message(header(1, SHAPE, "R64", chips=4, layout="   Nx1")), "4 chips, 'Nx1'"),
     "raw, half words": (message(header(1, (3, 3), "R64", bits=6)), "must fill words"),
     "a header of nothing": (message(header(1, SHAPE, "U08", offset=0)), "how long it is"),
-    "a header of a megabyte": (message(header(1, SHAPE, "U08", offset=99_999)), "how long it is"),
+    "a header of a megabyte": (message(header(1, SHAPE, "U08", offset=99_999)), "exceeds the limit of 65536"),
     "a header without end": (message(b"MQ1,000001,00384,01,".ljust(500, b"\0")), "seven fields more"),
     "a frame without number": (GOOD.replace(b"MQ1,000007", b"MQ1,00x007"), "no number"),
 }

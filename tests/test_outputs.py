@@ -25,9 +25,9 @@ from emstream.errors import OutputError
 from emstream.frame import FrameHeader
 from emstream.intake import Overrun
 from emstream.outputs import Order, Output, array1, orders
-from emstream.outputs.sockets import Push, Replies
+from emstream.outputs.sockets import Push, Queue, Replies
 from emstream.serve import Settings
-from emstream.wire import MAX_HEADER_BYTES, header_of, map_of, unpack
+from emstream.wire import DEFAULT_MAX_HEADER_BYTES, header_of, map_of, unpack
 from tests.conftest import Rig, exact, message
 
 SHAPE = (17, 23)
@@ -235,7 +235,7 @@ def test_flood_of_requests_keeps_nobody_waiting(service: Any, context: Any) -> N
 
 
 def test_frames_kept_for_clients_are_given_out_before_the_end(context: Any, tmp_path: Path) -> None:
-    replies = Replies(f"ipc://{tmp_path}/kept", 10, context)
+    replies = Replies(f"ipc://{tmp_path}/kept", Queue(10), 0, context)
     socket = ask(context, replies.endpoint)
     until(replies.wants)
     for n in range(10):
@@ -372,7 +372,7 @@ def test_array_1_0_header_fits_adzmqs_buffer_whatever_it_says(
         timestamp_ns=2**62, exposure_s=1 / 3, pixel_size_m=1e-11 / 3,
     )  # fmt: skip
     text = array1.header({**map_of(frame), "engine": engine, "dose": dose, "in_domain": True, "ledger": {}})
-    assert len(text) < 1024 < MAX_HEADER_BYTES
+    assert len(text) < 1024 < DEFAULT_MAX_HEADER_BYTES
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (read["frame"], read["shape"], read["type"]) == (number, [9000, 9000], "float32")
 
@@ -431,3 +431,76 @@ def test_commands_of_the_readme_say_who_may_connect_to_what_they_bind() -> None:
     assert any(reachable(endpoint) for endpoint, _ in outputs)
     for endpoint, command in outputs:
         assert not reachable(endpoint) or {"--insecure", "--key"} & set(command), command
+
+
+# -- faults ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "query", ["format=array-1.0", "format=array-1.0&socket=push", "format=karabo-bridge&queue=1000"]
+)
+def test_output_that_breaks_is_opened_again_and_costs_the_service_nothing(
+    service: Any, query: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    kind = zmq.REQ if "karabo" in query else zmq.PULL if "push" in query else zmq.SUB
+    client = context.socket(kind)
+    client.linger = 0
+
+    def ready(endpoint: str) -> None:
+        client.connect(endpoint)
+        if kind == zmq.SUB:
+            client.subscribe(b"")
+        if kind == zmq.REQ:
+            client.send(b"next")
+
+    run, endpoint = service(query, ready)
+    send(run, range(3))
+    (output,) = run.service.publisher._outputs
+    if kind == zmq.REQ:
+        client.recv_multipart()
+        output._sender.close(0.0)  # its thread is gone
+        client.close()
+        client = context.socket(kind)
+        client.linger = 0
+    else:
+        output._sender._socket.close(linger=0)
+    sent = 3
+
+    def one_more() -> None:
+        nonlocal sent
+        run.camera.send_multipart(message(sent, picture(sent)))
+        sent += 1
+        run.wait(lambda ledger: ledger["published"] == sent)
+
+    until(lambda: one_more() or (output._open_again_s is None and output._failed > 0))
+    if kind == zmq.REQ:
+        client.connect(endpoint)
+        client.send(b"next")
+    else:
+        while client.poll(0):
+            client.recv_multipart()
+    until(lambda: one_more() or client.poll(0))
+    report = run.service.publisher.outputs[0]
+    assert report["failed"] > 0
+    assert report["sent"] >= 1
+    assert report["endpoint"] == endpoint
+    assert run.ledger["failed"] == 0
+    assert exact(run.ledger)
+    assert f"{endpoint} is open again" in caplog.text
+    assert 1 <= caplog.text.count("failed on") <= 3
+    context.destroy(linger=0)
+
+
+def test_frames_kept_for_a_client_that_lags_are_bounded_in_bytes(context: Any, tmp_path: Path) -> None:
+    output = Output(
+        Order.of(f"ipc://{tmp_path}/out?format=karabo-bridge&queue=50"), 64, context, queue_bytes=40_000
+    )
+    sender = output._sender
+    assert isinstance(sender, Replies)
+    for _ in range(20):
+        sender.send([bytes(10_000)])
+    assert len(sender._frames) == 4
+    sender.send([bytes(100_000)])
+    assert len(sender._frames) == 1  # the newest one is kept, whatever its size
+    output.close(0.0)

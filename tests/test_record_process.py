@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
-from emstream import record_process
+from emstream import record_process, restarts
 from emstream.errors import OutputError
 from emstream.intake import Overrun
 from emstream.record import RecordSettings
 from emstream.record_process import RecorderProcess
 from emstream.recorded import duration, recording_of
-from emstream.recording import Recording, disk
+from emstream.recording import Recording, disk, is_recording
 from emstream.status import statuses
 from tests.conftest import Rig, message
 from tests.test_record import pixels, wait
@@ -48,6 +49,13 @@ class Beside:
             self.rig.camera.send_multipart(message(self.sent, pixels(self.sent)))
             self.sent += 1
 
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End the recorder's process, and wait until another one has taken over."""
+        died, pid = self.recorder.status().get("died", 0), self.recorder._process.pid
+        assert pid
+        os.kill(pid, number)
+        wait(lambda: self.recorder.status().get("died") == died + 1 and not self.is_("restarting"))
+
     def is_(self, state: str) -> bool:
         return bool(self.recorder.status()["state"] == state)
 
@@ -68,8 +76,8 @@ def beside(rig: Any, tmp_path: Path) -> Iterator[Callable[..., Beside]]:
 
     yield make
     for each in started:
+        each.recorder._asked.set()  # so that none takes over
         each.recorder._process.kill()
-        each.recorder._asked.set()
         each.recorder._end()
 
 
@@ -163,24 +171,174 @@ def test_statistics_of_the_service_say_how_the_recorder_fares(beside: Callable[.
     json.dumps(figures, allow_nan=False)
 
 
-def test_recorder_that_dies_is_an_alarm_for_whoever_looks(
+def accounted_for(report: dict[str, Any]) -> list[int]:
+    """Frames of each kind that were recorded, or are known not to be."""
+    return [
+        sum(report[name][track] for name in ("frames", "lost", "unheard")) for track in ("raw", "denoised")
+    ]
+
+
+def written(run: Beside) -> int:
+    """Denoised frames of the newest file that a kill does not cost."""
+    path = run.recorder.status().get("path")
+    if not path or not is_recording(Path(path)):
+        return 0
+    with h5py.File(path, "r", swmr=True) as file:
+        return int(file["entry/denoised/complete"][()])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("name", [".", "run.h5"])
+def test_recorder_that_dies_is_replaced_and_what_it_missed_is_counted(
+    beside: Callable[..., Beside],
+    tmp_path: Path,
+    name: str,
+    number: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = beside(tmp_path / name)
+    run.send(5)
+    run.records(5)
+    first = run.recorder.status()["path"]
+    wait(lambda: written(run) == 5)
+    heard = run.figures()
+    next(heard)
+    pid = run.recorder._process.pid
+    assert pid
+    os.kill(pid, number)
+    run.send(40)  # nobody hears them, unless the next one is very quick
+    for figures in heard:
+        if figures["alarms"]:
+            break
+    assert figures["alarms"][0].startswith(("the recorder died, another one starts: ", "40 raw not recorded"))
+    wait(lambda: run.is_("recording"))
+    run.rig.wait(lambda ledger: ledger["published"] == 45)
+    run.send(10)
+    wait(lambda: run.recorder.status()["frames"]["denoised"] >= 10)
+    status = run.recorder.status()
+    assert status["died"] == 1
+    assert status["unheard"]["raw"] > 0
+    run.kill()
+    run.send(7)
+    wait(lambda: run.recorder.status()["path"] not in (first, status["path"]))
+    run.rig.stop()
+    report = run.recorder.finish(run.rig.ledger["published"])
+    assert accounted_for(report) == [run.sent, run.sent]
+    assert (report["died"], report["ended"]) == (2, "stopped")
+    assert "error" not in report
+    assert len(set(report["files"])) == 3
+    with Recording(Path(first)) as recording:  # as it was left
+        assert (recording.ended, recording.raw.numbers.tolist()) == ("", list(range(5)))
+    recorded = [n for path in report["files"] for n in Recording(Path(path)).raw.numbers.tolist()]
+    assert recorded == sorted(set(recorded))
+    assert caplog.text.count("another one takes over") == 2
+
+
+def test_recorder_that_dies_while_it_looks_back_looks_back_again(beside: Callable[..., Beside]) -> None:
+    run = beside(look_back_s=1000.0)
+    run.send(3)
+    wait(lambda: run.is_("looking back"))
+    run.kill()
+    run.send(4)
+    wait(lambda: run.is_("looking back"))
+    assert run.recorder.status()["path"] is None
+    run.recorder.begin()
+    wait(lambda: written(run) > 0)
+    run.kill()
+    run.send(6)
+    wait(lambda: run.is_("recording") and run.recorder.status()["frames"]["denoised"] > 0)
+    run.recorder.end()
+    wait(lambda: not run.is_("recording") and not run.is_("finishing"))
+    run.kill()  # and the next one does not record
+    run.send(2)
+    wait(lambda: run.is_("looking back"))
+    run.rig.stop()
+    report = run.recorder.finish(run.sent)
+    begin = Recording(Path(report["files"][0])).raw.numbers[0]
+    assert accounted_for(report) == [13 - begin, 13 - begin]  # the last two were not to be recorded
+    assert len(report["files"]) == 2
+    assert report["died"] == 3
+
+
+def test_word_that_is_told_while_there_is_no_recorder_counts(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts.Restarts, "note_death", lambda self: 0.5)
+    run = beside()
+    run.send(3)
+    wait(lambda: written(run) == 3)
+    run.recorder._process.kill()
+    wait(lambda: run.is_("restarting"))
+    run.recorder.end()
+    wait(lambda: run.is_("waiting"))
+    run.send(5)
+    run.rig.wait(lambda ledger: ledger["published"] == 8)
+    run.recorder._process.kill()
+    wait(lambda: run.is_("restarting"))
+    run.recorder.begin()
+    wait(lambda: run.is_("recording"))
+    run.send(2)
+    run.records(2)
+    run.rig.stop()
+    report = run.recorder.finish(run.sent)
+    assert report["frames"] == {"raw": 5, "denoised": 5}
+    assert accounted_for(report) == [5, 5]
+    assert [len(Recording(Path(path)).raw) for path in report["files"]] == [3, 2]
+
+
+def test_service_may_end_while_another_recorder_starts(beside: Callable[..., Beside]) -> None:
+    run = beside()
+    run.send(4)
+    run.records(4)
+    path = run.recorder.status()["path"]
+    wait(lambda: written(run) == 4)
+    run.recorder._process.kill()
+    wait(lambda: run.is_("restarting"))
+    run.send(3)
+    run.rig.wait(lambda ledger: ledger["published"] == 7)
+    run.rig.stop()
+    report = run.recorder.finish(7)
+    assert accounted_for(report) == [7, 7]
+    assert report["frames"]["raw"] == 4
+    assert report["files"] == [path]
+
+
+def test_recorder_that_keeps_dying_is_given_up_and_is_an_alarm_for_whoever_looks(
     beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(record_process, "_REPEAT_S", 0.01)
+    monkeypatch.setattr(restarts, "MOST_DEATHS", 1)
     run = beside()
+    run.send(2)
+    run.records(2)
+    wait(lambda: written(run) == 2)
     heard = run.figures()
     next(heard)
+    run.kill()
     run.recorder._process.kill()
     for figures in heard:
         if figures["recording"]["state"] == "failed":
             break
-    (alarm,) = figures["alarms"]
-    assert alarm.startswith("the recorder failed: ")
-    assert "the recorder ended without a report; what it had committed is readable" in alarm
+    assert figures["alarms"][-1].startswith("the recorder failed: ")
+    assert "the recorder ended without a report; what it had committed is readable" in figures["alarms"][-1]
     assert "the recorder failed" in printed(figures)
     wait(lambda: caplog.text.count("any more") > 1)
-    with pytest.raises(OutputError, match="the recorder ended without a report"):
-        run.recorder.finish()
+    run.send(3)
+    run.rig.wait(lambda ledger: ledger["published"] == 5)
+    report = run.recorder.finish(5)
+    assert accounted_for(report) == [5, 5]
+    assert (report["ended"], report["died"], report["frames"]["raw"]) == ("failed", 2, 2)
+    assert "the recorder ended without a report" in report["error"]
+
+
+def test_pause_grows_with_every_death_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: now_s)
+    deaths = restarts.Restarts()
+    assert [deaths.note_death() for _ in range(restarts.MOST_DEATHS)] == [0.0, 0.1, 0.2, 0.4, 0.8, 1.6]
+    assert deaths.note_death() is None
+    now_s += 61.0  # it was well for a minute
+    assert [deaths.note_death() for _ in range(2)] == [0.0, 0.1]
 
 
 def test_recording_that_a_full_disk_ended_begins_again_when_told_once_there_is_room(
@@ -322,8 +480,9 @@ def test_recording_whose_folder_vanished_is_in_the_report_and_another_one_begins
 
 
 def test_word_to_a_dead_recorder_is_no_error(
-    beside: Callable[..., Beside],
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(restarts, "MOST_DEATHS", 0)
     run = beside(look_back_s=1000.0)
     run.recorder._process.kill()
     wait(lambda: run.is_("failed"))

@@ -83,7 +83,7 @@ def test_signals_stop_and_are_given_back() -> None:
     done = run(
         """
         import signal
-        from emstream.serve import stop_on_signals
+        from emstream.signals import stop_on_signals
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
         with stop_on_signals(lambda: print("stop")):
             signal.raise_signal(signal.SIGTERM)
@@ -98,7 +98,7 @@ def test_signals_stop_and_are_given_back() -> None:
 def test_third_signal_ends_a_process_that_hangs(last: signal.Signals) -> None:
     program = f"""
         import signal
-        from emstream.serve import stop_on_signals
+        from emstream.signals import stop_on_signals
         with stop_on_signals(lambda: print("stop", flush=True)):
             for number in (signal.SIGINT, signal.SIGTERM, {int(last)}):
                 signal.raise_signal(number)

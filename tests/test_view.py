@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 import tifffile
 import zmq
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
+from emstream import restarts
 from emstream.errors import OutputError, SourceError
 from emstream.inference import EngineCard, IdentityEngine
 from emstream.intake import Overrun
@@ -697,17 +698,49 @@ def test_viewer_of_a_page_without_a_recorder_is_refused_to_record(camera: Camera
         assert connection.close_reason == "this page has no recorder to tell"
 
 
-def test_page_that_dies_is_told_with_what_replaces_it(
+def patiently_connected(port: int, token: str) -> ClientConnection:
+    """To a page that may not be there yet."""
+    url, origin = f"ws://127.0.0.1:{port}/live?token={token}", Origin(f"http://127.0.0.1:{port}")
+    until_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return connect(url, origin=origin)
+        except (OSError, EOFError, InvalidMessage):
+            assert time.monotonic() < until_s
+
+
+def test_page_that_dies_comes_back_at_the_same_address_with_the_same_token(
     camera: Camera, caplog: pytest.LogCaptureFixture
 ) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with ViewProcess(camera.output, "0.0.0.0", 0, on_record=told.put) as page:
+        port, token = int(page.url.rpartition(":")[2].partition("/")[0]), page.url.rpartition("=")[2]
+        for _ in range(2):
+            page._process.kill()
+            with patiently_connected(port, token) as connection:
+                Viewer(connection).take()
+                connection.send("begin recording")
+                assert told.get(timeout=DEADLINE_S) == "begin"
+        page._process.kill()
+    assert caplog.text.count("the live page died (exit code -9); another one is started") >= 2
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S)
+
+
+def test_page_that_keeps_dying_is_given_up_with_what_replaces_it(
+    camera: Camera, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "MOST_DEATHS", 1)
     with ViewProcess(camera.output, port=0) as page:
         assert page._listening
+        before = page._process
+        before.kill()
+        while page._process is before or page._process.pid is None:
+            assert page._listening.is_alive()
         page._process.kill()
         page._listening.join(timeout=DEADLINE_S)
-        assert (
-            f"the live page has ended, the service goes on; another one: emstream view --input {camera.output}"
-            in (caplog.text)
-        )
+        assert not page._listening.is_alive()
+        assert f"the service goes on; another one: emstream view --input {camera.output}" in caplog.text
     caplog.clear()
     with ViewProcess(camera.output, port=0):
         pass
@@ -717,7 +750,7 @@ def test_page_that_dies_is_told_with_what_replaces_it(
 def test_process_of_the_page_says_why_it_cannot_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         page = ViewProcess(f"ipc://{tmp_path}/nobody", port=taken.getsockname()[1])
-        with pytest.raises(OutputError, match="the port is in use"):
+        with pytest.raises(OutputError, match=r"the port is in use.* with --view-port \(0 picks"):
             page.start()
 
 

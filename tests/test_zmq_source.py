@@ -376,3 +376,16 @@ def test_message_far_above_the_limit_is_not_even_read(rig: Any) -> None:
             break
     ledger = run.wait(lambda ledger: ledger["published"] >= 1)
     assert ledger["rejected"] == 1
+
+
+def test_header_above_the_limit_is_rejected_and_one_below_a_larger_limit_travels_on(rig: Any) -> None:
+    notes = {"note": "x" * 70_000}
+    run = rig({"overrun": Overrun.block, "max_header_bytes": 100_000})
+    run.start()
+    run.camera.send_multipart(message(0, GOOD, extra=notes))
+    run.camera.send_multipart(message(1, GOOD, extra={"note": "x" * 100_000}))
+    run.camera.send_multipart(message(2, GOOD))
+    run.wait(lambda ledger: ledger["published"] == 2 and ledger["rejected"] == 1)
+    (reason,) = run.service.ledger.reasons()
+    assert reason.endswith("exceeds the limit of 100000")
+    assert [head.get("note") for head, _ in run.published()] == [notes["note"], None]

@@ -49,6 +49,7 @@ class Line:
             device=self.device,
             overrun=overrun,
             queue=queue,
+            queue_bytes=2**40,
             expect=f"{self.side}x{self.side}:uint8",
         )
 

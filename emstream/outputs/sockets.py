@@ -25,10 +25,38 @@ from emstream.endpoint import Door, bind
 log = logging.getLogger(__name__)
 
 Buffer = bytes | memoryview
+DEFAULT_QUEUE_BYTES = 1024**3
 _REQUEST = b"next"
 _LARGEST_REQUEST = 1024  # [bytes]
 _FORGET_S = 60.0  # a client that has not asked for so long
 _MOST_CLIENTS = 1000
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What is kept for a client that lags: `most` messages, but no more than `most_bytes` hold.
+
+    ZeroMQ counts messages, and how many is settled when a socket is bound: changing it for those who are
+    connected crashes libzmq 4.3.5 when one of them is just leaving.
+    """
+
+    most: int
+    most_bytes: int = DEFAULT_QUEUE_BYTES
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 message, got {self.most}")
+        if self.most_bytes < 1:
+            raise ValueError(f"a subscriber's queue must hold at least 1 byte, got {self.most_bytes}")
+
+    def length(self, nbytes: int) -> int:
+        """For messages of so many bytes, at least 1."""
+        return max(1, min(self.most, self.most_bytes // max(1, nbytes)))
+
+
+def nbytes_of(parts: Sequence[Buffer]) -> int:
+    """Of a message."""
+    return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
 
 
 class Sender(Protocol):
@@ -56,10 +84,15 @@ class Broadcast:
     default_queue = None
 
     def __init__(
-        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+        self,
+        endpoint: str,
+        queue: Queue,
+        nbytes: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        door: Door | None = None,
     ) -> None:
         self._socket = context.socket(zmq.XPUB)
-        self._socket.sndhwm = queue
+        self._socket.sndhwm = queue.length(nbytes)
         self._subscribed: set[bytes] = set()
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = 0
@@ -85,10 +118,15 @@ class Push:
     default_queue = None
 
     def __init__(
-        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+        self,
+        endpoint: str,
+        queue: Queue,
+        nbytes: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        door: Door | None = None,
     ) -> None:
         self._socket = context.socket(zmq.PUSH)
-        self._socket.sndhwm = queue
+        self._socket.sndhwm = queue.length(nbytes)
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
 
@@ -128,7 +166,12 @@ class Replies:
     default_queue = 1
 
     def __init__(
-        self, endpoint: str, queue: int, context: zmq.Context[zmq.Socket[bytes]], door: Door | None = None
+        self,
+        endpoint: str,
+        queue: Queue,
+        nbytes: int,
+        context: zmq.Context[zmq.Socket[bytes]],
+        door: Door | None = None,
     ) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LARGEST_REQUEST
@@ -136,7 +179,8 @@ class Replies:
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
         self._clients: dict[bytes, _Client] = {}
-        self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue)
+        self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue.most)
+        self._most_bytes = queue.most_bytes
         self._last = 0  # number of the newest frame, from 1
         self._lock = threading.Lock()  # of the two above
         self._until_s: float | None = None
@@ -150,6 +194,8 @@ class Replies:
         self._thread.start()
 
     def wants(self) -> bool:
+        if not self._thread.is_alive():
+            raise zmq.ZMQError(zmq.ENOTSOCK, "the thread that answers its clients is gone")
         return bool(self._clients)
 
     def send(self, parts: Sequence[Buffer]) -> None:
@@ -157,7 +203,12 @@ class Replies:
         with self._lock:
             self._last += 1
             self._frames.append((self._last, message))
+            while len(self._frames) > 1 and self._kept_bytes() > self._most_bytes:
+                self._frames.popleft()
         self._ring()
+
+    def _kept_bytes(self) -> int:
+        return sum(nbytes_of(message) for _, message in self._frames)
 
     def close(self, linger_s: float) -> None:
         if self._until_s is None:

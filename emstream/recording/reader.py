@@ -99,22 +99,24 @@ class Recording:
         """(G, 3): first and last frame number missing, and the row before which."""
         self.ledger = {name: int(entry["ledger"][name][()]) for name in COUNTERS}
         """Of the service, as of the last commit."""
-        self.report: dict[str, Any] = json.loads(entry["ledger/report"][()] or "{}")
+        self.report: dict[str, Any] = _json(entry["ledger/report"][()])
         """The service's last statistics."""
         recorder = entry["recorder"]
         self.ended: str = recorder["ended"].asstr()[()]
         """Why it ended; empty while it is written, and when the recorder was killed."""
         self.recorder = {name: int(recorder[name][()]) for name in recorder if name != "ended"}
+        # A commit that was cut off may have lengthened one column and not the next.
         engine = {name: entry["engine"][name].asstr()[()] for name in ("name", "sha256", "device")}
         self.engines = [
-            dict(zip(engine, values, strict=True)) for values in zip(*engine.values(), strict=True)
+            dict(zip(engine, values, strict=True)) for values in zip(*engine.values(), strict=False)
         ]
         """{name, sha256, device} of each engine that made the denoised frames."""
         messages, before = entry["marks/message"][()].tobytes(), entry["marks/before_row"][()]
         ends = [0, *entry["marks/message_end"][: len(before)]]
         self.marks = [
             (int(row), wire.unpack(messages[start:end]))
-            for row, start, end in zip(before, ends[:-1], ends[1:], strict=True)
+            for row, start, end in zip(before, ends[:-1], ends[1:], strict=False)
+            if start < end <= len(messages)
         ]
         """(row of `raw` before which, message) of each start and end of a series."""
 
@@ -186,6 +188,14 @@ class Track:
             return wire.unpack(self._header[start:end].tobytes())
         except (MalformedFrame, OSError) as error:
             raise FileFormatError(f"{self._path}: the header of row {i} is damaged: {error}") from None
+
+
+def _json(text: bytes | str) -> dict[str, Any]:
+    """Nothing of what was cut off in the middle."""
+    with contextlib.suppress(ValueError):
+        found: dict[str, Any] = json.loads(text)
+        return found
+    return {}
 
 
 def _open(path: Path) -> tuple[h5py.File, _Padded | None]:

@@ -21,7 +21,7 @@ from emstream.endpoint import Door
 from emstream.errors import SourceError
 from emstream.intake import Source
 from emstream.keys import Peer
-from emstream.wire import DEFAULT_MAX_FRAME_BYTES
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES
 
 SCHEMES = {
     "tcp": "zmq",
@@ -45,6 +45,7 @@ def open_source(
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
     peer: Peer | None = None,
     door: Door | None = None,
+    max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
 ) -> Source:
     """Make the source that `url` names, e.g. ``tcp://127.0.0.1:5555`` or ``file:///movie.h5?rate=40``.
 
@@ -61,7 +62,7 @@ def open_source(
     if peer and SCHEMES.get(parts.scheme) != "zmq":
         raise ValueError(f"--camera-key is for tcp:// and pull+tcp:// inputs, got --input {url!r}")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    source: Source = make(Url(url, parts, options, max_frame_bytes, peer, door))
+    source: Source = make(Url(url, parts, options, max_frame_bytes, peer, door, max_header_bytes))
     return source
 
 
@@ -103,6 +104,7 @@ class Url:
     """The camera's keys and one's own, for one that takes keys."""
     door: Door | None = None
     """Which cameras may connect, where they do."""
+    max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES
 
     @property
     def path(self) -> str:

@@ -24,7 +24,7 @@ from emstream.sources import Url, stream2
 from emstream.sources.connection import Connection, address
 from emstream.sources.delivery import SUM, Array, Delivery
 from emstream.sources.series import SeriesTracker
-from emstream.wire import DEFAULT_MAX_FRAME_BYTES, MAX_HEADER_BYTES
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES
 
 PORT = 31001
 _MOST_FRAMES_IN_A_MESSAGE = 4  # a message above this many times the largest frame is not read
@@ -37,6 +37,7 @@ def from_url(url: Url) -> DectrisSource:
         address(url, "dectris", PORT),
         channel=url.options.get("channel"),
         max_frame_bytes=url.max_frame_bytes,
+        max_header_bytes=url.max_header_bytes,
     )
 
 
@@ -51,12 +52,13 @@ class DectrisSource:
         *,
         channel: str | None = None,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self._connection = Connection(
             endpoint,
             kind=zmq.PULL,
-            max_message_bytes=_MOST_FRAMES_IN_A_MESSAGE * max_frame_bytes + MAX_HEADER_BYTES,
+            max_message_bytes=_MOST_FRAMES_IN_A_MESSAGE * max_frame_bytes + max_header_bytes,
             context=context,
         )
         self.decoder = Decoder(channel)

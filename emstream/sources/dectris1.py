@@ -37,7 +37,11 @@ _LARGEST_NUMBER = 2**53
 
 def from_url(url: Url) -> Dectris1Source:
     url.expect()
-    return Dectris1Source(address(url, "dectris1", PORT), max_frame_bytes=url.max_frame_bytes)
+    return Dectris1Source(
+        address(url, "dectris1", PORT),
+        max_frame_bytes=url.max_frame_bytes,
+        max_header_bytes=url.max_header_bytes,
+    )
 
 
 class Dectris1Source:
@@ -50,12 +54,13 @@ class Dectris1Source:
         endpoint: str,
         *,
         max_frame_bytes: int = wire.DEFAULT_MAX_FRAME_BYTES,
+        max_header_bytes: int = wire.DEFAULT_MAX_HEADER_BYTES,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self._connection = Connection(
             endpoint,
             kind=zmq.PULL,
-            max_message_bytes=2 * max_frame_bytes + wire.MAX_HEADER_BYTES,
+            max_message_bytes=2 * max_frame_bytes + max_header_bytes,
             context=context,
         )
         self.decoder = Decoder()
@@ -88,7 +93,7 @@ class Decoder:
     def decode(self, parts: list[Any], intake: Intake) -> None:
         """Take one message, whatever it holds."""
         try:
-            head = _map(parts[0])
+            head = _map(parts[0], intake)
             kind = head.get("htype")
             if kind == "dimage-1.0":
                 self._image(head, parts, intake)
@@ -105,17 +110,13 @@ class Decoder:
 
     def _header(self, series: int, parts: list[Any], intake: Intake) -> None:
         if len(parts) > 1:
-            self._start(series, _map(parts[1]), parts[2:], intake)
+            self._start(series, _map(parts[1], intake), parts[2:], intake)
         else:
             self._announced = series
 
     def _start(self, series: int, config: dict[str, Any], more: list[Any], intake: Intake) -> None:
         self._announced = None
-        mask = (
-            _pixel_mask(more, intake.max_frame_bytes)
-            if config.get("pixel_mask_applied") is not False
-            else None
-        )
+        mask = _pixel_mask(more, intake) if config.get("pixel_mask_applied") is not False else None
         self._delivery.begin({_CHANNEL: mask} if mask else None)
         names = [config.get(key) for key in ("description", "detector_number")]
         self._source = (
@@ -145,8 +146,8 @@ class Decoder:
         try:
             if len(parts) < 3:
                 raise MalformedFrame("image must have a header, a description and its pixels")
-            array = _array(_map(parts[1]), parts[2], intake.max_frame_bytes)
-            times = _map(parts[3]) if len(parts) > 3 and bytes(parts[3][:1]) == b"{" else {}
+            array = _array(_map(parts[1], intake), parts[2], intake.max_frame_bytes)
+            times = _map(parts[3], intake) if len(parts) > 3 and bytes(parts[3][:1]) == b"{" else {}
             if not is_open:
                 # Its start was lost, or sent before we were there.
                 self._delivery.begin()
@@ -160,11 +161,11 @@ class Decoder:
             intake.malformed(str(error), header)
 
 
-def _map(part: Any) -> dict[str, Any]:
+def _map(part: Any, intake: Intake) -> dict[str, Any]:
     data = bytes(part)
     if data[:1] != b"{":
         raise MalformedFrame("message has a part that should be JSON and is not")
-    return wire.unpack(data)
+    return wire.unpack(data, intake.max_header_bytes)
 
 
 def _number(message: dict[str, Any], key: str) -> int:
@@ -203,10 +204,10 @@ def _array(about: dict[str, Any], data: Any, max_frame_bytes: int) -> Array:
     return array
 
 
-def _pixel_mask(parts: list[Any], max_frame_bytes: int) -> Array | None:
+def _pixel_mask(parts: list[Any], intake: Intake) -> Array | None:
     for about, data in itertools.pairwise(parts):
-        if bytes(about[:1]) == b"{" and len(about) <= wire.MAX_HEADER_BYTES:
-            fields = _map(about)
+        if bytes(about[:1]) == b"{" and len(about) <= intake.max_header_bytes:
+            fields = _map(about, intake)
             if fields.get("htype") == "dpixelmask-1.0":
-                return _array({"encoding": "<", **fields}, data, max_frame_bytes)
+                return _array({"encoding": "<", **fields}, data, intake.max_frame_bytes)
     return None

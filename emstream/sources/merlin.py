@@ -221,14 +221,14 @@ class Decoder:
             raise
 
     def _acquisition(self, length: int, stream: Stream, intake: Intake) -> None:
-        if not 3 <= length <= mib.MOST_HEADER_BYTES:
-            raise MalformedFrame(f"acquisition header must have at most {mib.MOST_HEADER_BYTES} bytes")
+        if not 3 <= length <= intake.max_header_bytes:
+            raise MalformedFrame(f"acquisition header must have at most {intake.max_header_bytes} bytes")
         about = mib.parse_acquisition(stream.peek(length))
         stream.skip(length)
         self._series.begin(intake, self._source, mib.frames_of(about), acquisition=portable(about))
 
     def _image(self, length: int, stream: Stream, intake: Intake) -> None:
-        offset = mib.offset_of(stream.peek(mib.KNOWN_BYTES))
+        offset = mib.offset_of(stream.peek(mib.KNOWN_BYTES), intake.max_header_bytes)
         image = mib.parse_image(stream.peek(offset))
         if image.nbytes > intake.max_frame_bytes:
             raise MalformedFrame(f"frame is larger than the limit of {intake.max_frame_bytes} bytes")

@@ -33,7 +33,6 @@ from emstream.frame import PIXEL_TYPES
 
 FRAMING = re.compile(rb"MPX,(\d{10}),(HDR|MQ1)")
 FRAMING_BYTES = 18
-MOST_HEADER_BYTES = 64 * 1024
 KNOWN_BYTES = 32
 """Of a frame's header, enough to say how long it is."""
 _TYPES = {"U08": "uint8", "U8": "uint8", "U16": "uint16", "U32": "uint32"}
@@ -65,12 +64,14 @@ class Image:
         return max(self.packed, self.shape[0] * self.shape[1] * PIXEL_TYPES[self.type].itemsize)
 
 
-def offset_of(begin: bytes) -> int:
+def offset_of(begin: bytes, max_header_bytes: int) -> int:
     """Bytes of a frame's header, from its first `KNOWN_BYTES`."""
     fields = begin.split(b",")
     offset = _integer(fields[2]) if len(fields) > 3 else None
-    if offset is None or not KNOWN_BYTES <= offset <= MOST_HEADER_BYTES:
+    if offset is None or offset < KNOWN_BYTES:
         raise MalformedFrame("frame's header does not say how long it is")
+    if offset > max_header_bytes:
+        raise MalformedFrame(f"header of {offset} bytes exceeds the limit of {max_header_bytes}")
     return offset
 
 

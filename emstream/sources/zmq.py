@@ -35,6 +35,7 @@ def from_url(url: Url) -> ZmqSource:
         topic=url.options.get("topic", ""),
         bind=url.flag("bind"),
         max_frame_bytes=url.max_frame_bytes,
+        max_header_bytes=url.max_header_bytes,
         peer=url.peer,
         door=url.door,
     )
@@ -51,6 +52,7 @@ class ZmqSource:
         topic: str = "",
         bind: bool = False,
         max_frame_bytes: int = wire.DEFAULT_MAX_FRAME_BYTES,
+        max_header_bytes: int = wire.DEFAULT_MAX_HEADER_BYTES,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         peer: Peer | None = None,
         door: Door | None = None,
@@ -61,7 +63,7 @@ class ZmqSource:
             endpoint,
             kind=zmq.PULL if lossless else zmq.SUB,
             # Up to twice the limit a message is read and rejected.
-            max_message_bytes=2 * max_frame_bytes + wire.MAX_HEADER_BYTES,
+            max_message_bytes=2 * max_frame_bytes + max_header_bytes,
             topic=topic,
             bind=bind,
             context=context,
@@ -133,7 +135,7 @@ class ZmqSource:
             if not self._more():
                 raise MalformedFrame("message of one part is neither native nor array-1.0")
             part = self._socket.recv()
-        message = wire.unpack(part)
+        message = wire.unpack(part, intake.max_header_bytes)
         htype = message.get("htype")
         if htype in (wire.START, wire.END):
             intake.mark(message)

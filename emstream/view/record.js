@@ -63,6 +63,7 @@ export class Recording {
     if (!recording) return `No recorder: start emstream serve with --record FOLDER --look-back 10, or ${program}`;
     if (!can) return "This page cannot tell the recorder; that of emstream serve --view --record can";
     if (recording.state === "silent") return "The recorder is silent";
+    if (recording.state === "restarting") return "The recorder died; another one starts";
     if (recording.state === "failed") {
       return `${recording.faults.at(-1)}; start emstream serve again, or ${program}`;
     }

@@ -102,7 +102,7 @@ class ViewServer:
     only the page itself may open /live: other sites' pages stay out. A `host` that other machines
     can reach asks for a token, which is part of `url`. Port 0 picks a free one. `on_record` gets ``begin``
     and ``end`` from the viewers; without it there is no recorder that they could tell. `peer` is for an
-    emstream that takes keys.
+    emstream that takes keys. `options` is how the command's options for host and port begin.
     """
 
     def __init__(
@@ -113,10 +113,12 @@ class ViewServer:
         token: str | None = None,
         on_record: Callable[[str], None] | None = None,
         peer: Peer | None = None,
+        options: str = "--",
     ) -> None:
         if not 0 <= port <= 65535:
             raise ValueError(f"port must lie in 0-65535, got {port}")
         self.host, self.port, self.token = host, port, token_for(host, token)
+        self._options = options
         self._receiver = Receiver(input_endpoint, self._on_pair, peer)
         self._painter = Painter()
         self._on_record = on_record
@@ -138,7 +140,7 @@ class ViewServer:
     def start(self) -> None:
         """Serve until `stop`. Raises OutputError, with nothing started, when the address cannot be had."""
         app = self._app()
-        listener = _listen(self.host, self.port)
+        listener = _listen(self.host, self.port, self._options)
         try:
             self._receiver.start()
         except SourceError:
@@ -364,7 +366,7 @@ def _static(name: str, kind: str) -> Callable[[HttpRequest], Response]:
     return lambda http_request: Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, options: str) -> socket.socket:
     where = f"{in_url(host)}:{port}"
     try:
         addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -374,10 +376,9 @@ def _listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise OutputError(
                 f"cannot serve the live page on {where}: the port is in use; "
-                "stop the other program or choose another one with --port, or --view-port beside a service "
-                "(0 picks a free one)"
+                f"stop the other program or choose another one with {options}port (0 picks a free one)"
             ) from None
         raise OutputError(
             f"cannot serve the live page on {where}: {error.strerror}; "
-            "--host, or --view-host beside a service, takes a name or an address of this machine"
+            f"{options}host takes a name or an address of this machine"
         ) from None

@@ -22,12 +22,13 @@ import pytest
 import tifffile
 from websockets.sync.client import ClientConnection, connect
 
+from emstream import restarts
 from emstream.inference import IdentityEngine
 from emstream.intake import Overrun
 from emstream.record import RecordSettings
 from emstream.record_process import RecorderProcess
 from emstream.recording import Recording
-from emstream.view import ViewServer
+from emstream.view import ViewProcess, ViewServer
 from tests.conftest import Rig, message
 from tests.test_view import CARD, assert_shows
 
@@ -737,6 +738,17 @@ def test_page_for_other_machines_opens_with_its_token_and_not_without(tab: Tab, 
         assert tab.evaluate("location.search") == ""
 
 
+def test_open_page_goes_on_by_itself_after_the_pages_process_died(tab: Tab, camera: Camera) -> None:
+    camera.go()
+    with ViewProcess(camera.output, port=0) as page:
+        tab.open(page.url)
+        tab.wait_for_frame_after(0)
+        page._process.kill()
+        tab.wait("document.getElementById('state').textContent === 'disconnected'")
+        tab.wait_for_frame_after(tab.number("frame"))
+        tab.wait("document.getElementById('state').textContent === 'live'")
+
+
 # -- recording --------------------------------------------------------------------------
 
 RECORD_IS = "document.getElementById('record').dataset.state === '%s'"
@@ -816,9 +828,10 @@ def test_record_button_records_what_came_before_it_and_ends_when_pressed_twice(
     assert not tab.complaints
 
 
-def test_recorder_that_dies_is_marked_in_red_and_the_button_says_why_it_does_nothing(
-    tab: Tab, recorder: tuple[Camera, RecorderProcess]
+def test_recorder_that_keeps_dying_is_marked_in_red_and_the_button_says_why_it_does_nothing(
+    tab: Tab, recorder: tuple[Camera, RecorderProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(restarts, "MOST_DEATHS", 0)
     camera, process = recorder
     camera.go()
     with ViewServer(camera.output, port=0, on_record=process.tell) as view:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -354,3 +356,55 @@ def test_orders_to_no_service_are_explained(tmp_path: Path) -> None:
     done = emstream("engine", "swap", "x.onnx", "--service", "nonsense")
     assert done.returncode == 1
     assert "cannot subscribe to nonsense" in done.stderr
+
+
+LOADING = [  # what is in the memory of a service that starts, one after the other
+    "multiarray",
+    "libopenvino\\.so",
+    "openvino_intel_cpu_plugin",
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is loaded is read from /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("loaded", LOADING)
+def test_signal_ends_a_service_that_still_starts_at_once_and_without_a_word_too_many(
+    tmp_path: Path, number: int, loaded: str
+) -> None:
+    service = start(
+        "serve", "--input", "sim://", "--output", f"ipc://{tmp_path}/out", "--record", tmp_path, "--view",
+        "--view-port", 0, "--expect", "4096x4096:uint16",
+    )  # fmt: skip
+    maps = Path(f"/proc/{service.pid}/maps")
+    while not re.search(loaded, maps.read_text()):
+        assert service.poll() is None
+    service.send_signal(number)
+    begin_s = time.monotonic()
+    _, err = service.communicate(timeout=30)
+    assert time.monotonic() - begin_s < 5
+    # 0: it had just started and ended as usual. Between its libraries and its engine, Python says that it is aborted.
+    assert service.returncode in (-number, 128 + number, 0) or "Aborted" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_recorder_and_page_start_ends_them_too(tmp_path: Path, number: int) -> None:
+    psutil = pytest.importorskip("psutil")
+    command = [
+        sys.executable, "-m", "emstream", "serve", "--input", "sim://", "--engine", "identity", "--output",
+        f"ipc://{tmp_path}/out", "--record", str(tmp_path), "--view", "--view-port", "0", "--json",
+    ]  # fmt: skip
+    service = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    line_with(service, "engine identity on")
+    while not (children := psutil.Process(service.pid).children()):
+        assert service.poll() is None
+    os.killpg(service.pid, number)  # as a terminal does, and systemd
+    out, err = service.communicate(timeout=30)
+    assert service.returncode == 0, err
+    assert "Traceback" not in err
+    assert exact(json.loads(out)["ledger"])
+    assert "live page:" not in err
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive

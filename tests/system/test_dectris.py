@@ -36,7 +36,7 @@ def listener(context: zmq.Context[Any], tmp_path: Path) -> Iterator[zmq.Socket[b
 
 def service(tmp_path: Path, url: str, *options: Any) -> subprocess.Popen[str]:
     process = start("serve", "--engine", "identity", "--input", url, "--output", f"ipc://{tmp_path}/out",
-                    "--queue", 10_000, "--overrun", "block", "--json", *options)  # fmt: skip
+                    "--queue", 10_000, "--queue-mib", 100_000, "--overrun", "block", "--json", *options)  # fmt: skip
     line_with(process, "waiting for frames")
     return process
 
