@@ -270,6 +270,7 @@ def test_queue_is_made_shorter_when_frames_grow_and_subscribers_come_back(
     display.linger = 0
     display.connect(publisher.endpoint)
     display.subscribe(b"denoised")
+    assert publisher.wait_for(b"denoised", 10)
     lengths = []
     for side in (16, 64, 128, 2000, 16):
         publisher.publish(batch(1, (side, side)))
