@@ -173,6 +173,8 @@ class _Rows:
         rss_mib = np.array([sample.rss_bytes for sample in self._samples]) / MIB
         warm = times_s > warm_s
         first, last = warm & (times_s <= warm_s + minute_s), times_s > total_s - minute_s
+        if not first.any():  # of a run of a second or two
+            first[np.argmax(warm)] = True
         slope = np.polyfit(times_s[warm] / 3600, rss_mib[warm], 1)[0] if warm.sum() > 1 else None
         p99_ms = [report.percentiles(self._of(span)) for span in (first, last)]
         rss = [float(np.median(rss_mib[span])) for span in (first, last)]

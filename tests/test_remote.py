@@ -19,6 +19,7 @@ from emstream.inference.engine import sha256_of
 from emstream.inference.plan import Profile, write_plan
 from emstream.inference.remote import RemoteModel, _pixels
 from emstream.inference.supervised import SupervisedEngine
+from emstream.intake import Overrun
 from emstream.repository import write_repository
 from tests.conftest import exact, message
 from tests.doubles.tensorrt import record_of
@@ -312,7 +313,7 @@ def test_servers_with_different_networks_are_not_mixed(own: Callable[..., Triton
 def test_service_goes_on_when_one_of_two_servers_is_killed(own: Callable[..., Triton], rig: Any) -> None:
     servers = [own(0), own(1)]
     url = f"grpc://{servers[0].host},{servers[1].host}/unet32?timeout_s=2"
-    run = rig({"engine": url, "overrun": "block", "expect": "32x48:uint8"})
+    run = rig({"engine": url, "overrun": Overrun.block, "expect": "32x48:uint8"})
     run.start()
     frames = [counts(32, 48, seed=n) for n in range(400)]
     threading.Timer(0.3, servers[0].stop, [signal.SIGKILL]).start()
@@ -334,7 +335,9 @@ def test_service_goes_on_when_one_of_two_servers_is_killed(own: Callable[..., Tr
 
 def test_service_counts_what_no_server_denoised_and_goes_on(own: Callable[..., Triton], rig: Any) -> None:
     server = own()
-    run = rig({"engine": f"{server.url('unet32')}?timeout_s=1", "overrun": "block", "expect": "32x48:uint8"})
+    run = rig(
+        {"engine": f"{server.url('unet32')}?timeout_s=1", "overrun": Overrun.block, "expect": "32x48:uint8"}
+    )
     run.start()
     run.camera.send_multipart(message(0, counts(32, 48)))
     run.wait(lambda ledger: ledger["published"] == 1)
