@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -148,13 +149,18 @@ def _json(results: Mapping[str, Any]) -> str:
 
 @contextmanager
 def progress(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr; call what this yields with how much is done by now, and of what."""
+    """A bar on stderr, in a log a line for every twentieth; call what this yields with how much is done, and of what."""
+    console, said = Console(stderr=True), -1
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task(title, total=total)
 
         def show(done: float, what: str) -> None:
+            nonlocal said
             bar.update(task, completed=done, description=f"{title}: {what}")
+            if not console.is_terminal and (part := int(20 * done / total)) > said:
+                said = part
+                print(f"{datetime.now(UTC):%H:%M:%S} {5 * part} % {title}: {what}", file=sys.stderr, flush=True)
 
         yield show
 
