@@ -149,7 +149,7 @@ def _json(results: Mapping[str, Any]) -> str:
 
 @contextmanager
 def progress(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr, in a log a line for every twentieth; call what this yields with how much is done, and of what."""
+    """A bar on stderr, in a log a line for every twentieth; what this yields takes how much is done, and of what."""
     console, said = Console(stderr=True), -1
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
