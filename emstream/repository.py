@@ -56,8 +56,8 @@ def write_repository(
 
     `name` is what clients call it, by default the network's own. `backend` is Triton's for an .onnx, `max_batch`
     the most frames that it computes together (8; a plan has its own, openvino none), `instances` how many batches
-    at a time on each GPU, or on the CPU. A network that is there already stays; another one is its next version. Returns {model,
-    version, path, url, config}. Raises EngineError, OutputError or ValueError.
+    at a time on each GPU, or on the CPU. A network that is there already stays; another one is its next version.
+    Returns {model, version, path, url, config}. Raises EngineError, OutputError or ValueError.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -16,8 +16,8 @@ _LONGEST = 100
 def trust_of(message: dict[str, Any]) -> dict[str, Any]:
     """From a message that may hold anything: ``psnr_db`` and ``likelihood`` {value, low, high}, or None.
 
-    ``state`` is "insufficient data" while the quality is not known, and None where nothing is estimated; ``faults`` says
-    what is wrong in words.
+    ``state`` is "insufficient data" while the quality is not known, and None where nothing is estimated;
+    ``faults`` says what is wrong in words.
     """
     said = message.get("trust")
     found: dict[str, Any] = {

@@ -272,7 +272,7 @@ def test_server_that_hangs_keeps_nobody(
     assert server._process
     server._process.send_signal(signal.SIGSTOP)
     start_s = time.monotonic()
-    with pytest.raises(ServerFailed, match="did not answer within 0.5 s"):
+    with pytest.raises(ServerFailed, match=r"did not answer within 0\.5 s"):
         engine.denoise(counts(32, 32))
     assert time.monotonic() - start_s < 5
     server._process.send_signal(signal.SIGCONT)
@@ -343,6 +343,17 @@ def test_servers_with_different_networks_are_not_mixed(own: Callable[..., Triton
     two.start()
     with pytest.raises(EngineInvalid, match=rf"{two.host}.*{one.host} are not the same: wide64.*unet32"):
         load_engine(f"grpc://{one.host},{two.host}/unet32")
+
+
+def test_servers_that_are_away_are_left_out(
+    triton: Triton, engine_of: Callable[[str], Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(f"grpc://127.0.0.1:1,{triton.host}/unet32?timeout_s=2")
+    assert engine.device.endswith(f"at {triton.host}")
+    assert engine.denoise(counts(16, 16)).shape == (16, 16)
+    assert "no inference server answers at 127.0.0.1:1" in caplog.text
+    with pytest.raises(EngineUnavailable, match=r"at 127\.0\.0\.1:1 "):
+        load_engine("grpc://127.0.0.1:1,127.0.0.1:2/unet32?timeout_s=1")
 
 
 def test_server_with_another_network_leaves_the_frames_to_the_others(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 from concurrent.futures import Future
@@ -40,8 +41,9 @@ from emstream.inference.plan import read_plan
 from emstream.inference.shared import SharedEngine
 from emstream.inference.tiling import TiledEngine
 
+log = logging.getLogger(__name__)
 PARAMETER = "emstream"
-"""In a model's configuration: a JSON map of the network's ``sha256``, the ``version`` that it is, and its card's entries."""
+"""In a model's configuration: a JSON map of the network's ``sha256``, its ``version`` and its card's entries."""
 _DEFAULT_PORT = 8001
 _TYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
@@ -115,10 +117,21 @@ class RemoteModel:
 
 
 def load_remote(url: str) -> Engine:
-    """The engine at an address: its servers, sharing the batches. Raises EngineError or ValueError."""
+    """The engine at an address: its servers, sharing the batches, without those that are away.
+
+    Raises EngineError or ValueError.
+    """
     at = RemoteModel.of(url)
+    engines: list[RemoteEngine] = []
+    away: list[EngineUnavailable] = []
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(contextlib.closing(RemoteEngine(at, host))) for host in at.hosts]
+        for host in at.hosts:
+            try:
+                engines.append(stack.enter_context(contextlib.closing(RemoteEngine(at, host))))
+            except EngineUnavailable as error:
+                away.append(error)
+        if not engines:
+            raise away[0]
         for each in engines[1:]:
             if (each.sha256, each.made_for) != (engines[0].sha256, engines[0].made_for):
                 raise EngineInvalid(
@@ -126,6 +139,8 @@ def load_remote(url: str) -> Engine:
                     f"{engines[0].describe()}"
                 )
         stack.pop_all()
+    for error in away:
+        log.warning("%s; until the engine is loaded again the others do without it", error)
     engine = engines[0] if len(engines) == 1 else SharedEngine(engines)
     return engine if engine.made_for else TiledEngine(engine)
 
@@ -242,8 +257,8 @@ class RemoteEngine(Engine):
         if file is None:
             if told is None:
                 raise EngineInvalid(
-                    f"{self.where} does not say what version {self._version or 1} is for; write its repository with emstream export, "
-                    f"or name the same network here: grpc://{self._host}/{self._model}?card=NETWORK.onnx"
+                    f"{self.where} does not say what version {self._version or 1} is for; write its repository with "
+                    f"emstream export, or name the same network here: grpc://{self._host}/{self._model}?card=NETWORK.onnx"
                 )
             return told
         mine = network_of(file)
@@ -295,7 +310,7 @@ class RemoteEngine(Engine):
             response = ticket.answer.result(self._timeout_s + _MARGIN_S).get_response()
         except (TimeoutError, self._grpc.InferenceServerException) as error:
             if isinstance(error, TimeoutError) or error.status() == "StatusCode.DEADLINE_EXCEEDED":
-                said = f" did not answer within {self._timeout_s:g} s (timeout_s in its address)"
+                said = f" did not answer within {self._timeout_s:g} s (see timeout_s, max_batch)"
             elif error.status() in _REFUSALS:
                 raise BatchRefused(f"{self.where} refuses: {_line(error)}") from None
             else:
