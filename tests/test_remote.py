@@ -22,6 +22,7 @@ from emstream.inference.remote import RemoteModel, _pixels
 from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Overrun
 from emstream.repository import write_repository
+from emstream.serve import Settings, build
 from tests.conftest import exact, message
 from tests.doubles.tensorrt import record_of
 from tests.triton import Triton
@@ -190,6 +191,14 @@ def test_configuration_of_another_version_is_not_believed(own: Callable[..., Tri
 def test_card_of_another_network_is_refused(triton: Triton) -> None:
     with pytest.raises(EngineInvalid, match=rf"another network than {OTHER}"):
         load_engine(f"{triton.url('unet32')}?card={OTHER}")
+
+
+def test_service_does_not_look_for_a_cpu_to_run_it_on(
+    triton: Triton, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(EngineInvalid, match="another network"):
+        build(Settings(input="tcp://127.0.0.1:1", engine=f"{triton.url('unet32')}?card={OTHER}"))
+    assert "CPU" not in caplog.text
 
 
 def test_numbers_are_read_where_a_server_sends_no_bytes() -> None:

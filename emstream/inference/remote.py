@@ -139,8 +139,8 @@ def load_remote(url: str) -> Engine:
                     f"{engines[0].describe()}"
                 )
         stack.pop_all()
-    for error in away:
-        log.warning("%s; until the engine is loaded again the others do without it", error)
+    for missing in away:
+        log.warning("%s; until the engine is loaded again the others do without it", missing)
     engine = engines[0] if len(engines) == 1 else SharedEngine(engines)
     return engine if engine.made_for else TiledEngine(engine)
 
