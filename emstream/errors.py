@@ -10,7 +10,7 @@
     │   ├── EngineInvalid      not a model, or not one of ours
     │   ├── EngineUnavailable  right file, but this machine or installation cannot run it
     │   ├── CudaError          no GPU, or a call to it that failed
-    │   ├── ServerFailed       an inference server that is away, silent or broken; another one may do
+    │   ├── ServerFailed       an inference server that is away, silent, broken or not what it was
     │   └── BatchRefused       frames that the engine was not made for; it takes others
     ├── ConfigError          a configuration file that cannot be read or names what there is not
     ├── KeyFileError         a key that cannot be read or written

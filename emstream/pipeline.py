@@ -246,10 +246,10 @@ class Pipeline:
     def _publish_slot(self, slot: Slot) -> None:
         left = None if self._frames is None else self._frames - self._ledger.published
         self._watchdog.begin("publisher")
+        self._publisher.trust = self._observer.report_on(slot)
         sent = self._publisher.publish(slot, left)
         self._watchdog.end("publisher")
         self._observer.see(slot)
-        self._publisher.trust = self._observer.report
         if sent < len(slot):
             self._ledger.drop(len(slot) - sent)
         self._last_published_ns = now_ns()

@@ -18,6 +18,7 @@ from typing import Any
 
 from emstream.errors import EngineInvalid, OutputError
 from emstream.inference import check_is_there
+from emstream.inference.card import EngineCard
 from emstream.inference.keep import write_whole
 from emstream.inference.plan import read_plan
 from emstream.inference.remote import PARAMETER, network_of, parameter_of
@@ -35,9 +36,11 @@ class _Model:
     input: str
     output: str
     max_batch: int
+    """0 where any number of frames goes in as it comes, and the first of `dims` is that number."""
     sha256: str
-    parameter: str
-    name: str
+    card: EngineCard
+    kind: str = ""
+    """Of the instances; empty for GPUs where there are some."""
 
 
 def write_repository(
@@ -52,9 +55,9 @@ def write_repository(
     """Add an engine (.onnx, or .plan of TensorRT) to the model repository `folder`, made if need be.
 
     `name` is what clients call it, by default the network's own. `backend` is Triton's for an .onnx, `max_batch`
-    the most frames that it computes together (8; a plan has its own), `instances` how many batches at a time
-    on each GPU. A network that is there already stays; another one is its next version. Returns {model,
-    version, path, url, config}. Raises EngineError, OutputError or ValueError.
+    the most frames that it computes together (8; a plan has its own, openvino none), `instances` how many batches
+    at a time on each GPU, or on the CPU. A network that is there already stays; another one is its next version.
+    Returns {model, version, path, url, config}. Raises EngineError, OutputError or ValueError.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -63,14 +66,14 @@ def write_repository(
             raise ValueError(f"{what} must be at least 1, got {value}")
     check_is_there(engine)
     model = _of_plan(engine, max_batch) if engine.suffix == ".plan" else _of_onnx(engine, backend, max_batch)
-    name = model.name if name is None else name
+    name = model.card.name if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ValueError(f"a model's name is made of letters, digits, '.', '_' and '-', got {name!r}")
     home = folder / name
     try:
         version = _version(home, model)
         _write_model(home, version, model)
-        write_whole(home / "config.pbtxt", _config(name, model, instances).encode())
+        write_whole(home / "config.pbtxt", _config(name, version, model, instances).encode())
     except OSError as error:
         raise OutputError(f"cannot write {error.filename or home}: {error.strerror}") from None
     return {
@@ -85,17 +88,22 @@ def write_repository(
 def _of_onnx(path: Path, backend: str, max_batch: int | None) -> _Model:
     if path.suffix != ".onnx":
         raise EngineInvalid(f"an inference server takes an .onnx or a .plan, got {path}")
+    # Triton's openvino looks for model.xml, has no GPU, and with a max_batch_size takes full batches only.
+    openvino = backend == "openvino"
+    if openvino and max_batch is not None:
+        raise ValueError(f"max_batch is {max_batch}, and Triton's openvino computes each batch as it comes")
     sha256, card = network_of(path)
+    dims = "-1, -1, -1" if openvino else "-1, -1"
     return _Model(
         file="model.onnx",
         content=path.read_bytes(),
-        header=f'backend: "{backend}"',
-        input='name: "counts" data_type: TYPE_FP32 dims: [ -1, -1 ]',
-        output='name: "expected_counts" data_type: TYPE_FP32 dims: [ -1, -1 ]',
-        max_batch=max_batch or 8,
+        header=f'backend: "{backend}"\ndefault_model_filename: "model.onnx"',
+        input=f'name: "counts" data_type: TYPE_FP32 dims: [ {dims} ]',
+        output=f'name: "expected_counts" data_type: TYPE_FP32 dims: [ {dims} ]',
+        max_batch=0 if openvino else max_batch or 8,
         sha256=sha256,
-        parameter=parameter_of(sha256, card),
-        name=card.name,
+        card=card,
+        kind="KIND_CPU" if openvino else "",
     )
 
 
@@ -125,8 +133,7 @@ def _of_plan(path: Path, max_batch: int | None) -> _Model:
         output=f'name: "expected_counts" data_type: TYPE_FP32 dims: [ {size} ]',
         max_batch=max_batch or profile.max_batch,
         sha256=record.onnx_sha256,
-        parameter=parameter_of(record.onnx_sha256, record.card),
-        name=record.card.name,
+        card=record.card,
     )
 
 
@@ -158,17 +165,19 @@ def _write_model(home: Path, version: int, model: _Model) -> None:
         raise
 
 
-def _config(name: str, model: _Model, instances: int | None) -> str:
+def _config(name: str, version: int, model: _Model, instances: int | None) -> str:
     """Triton's config.pbtxt. Quoted as in JSON, which is quoted as in protobuf's text."""
+    parameter = json.dumps(parameter_of(model.sha256, model.card, version), ensure_ascii=False)
+    group = [f"count: {instances}"] if instances else []
+    group += [f"kind: {model.kind}"] if model.kind else []
     lines = [
         f"name: {json.dumps(name)}",
         model.header,
         f"max_batch_size: {model.max_batch}",
         f"input [ {{ {model.input} }} ]",
         f"output [ {{ {model.output} }} ]",
-        "dynamic_batching { }",
-        *([f"instance_group [ {{ count: {instances} }} ]"] if instances else []),
-        f"parameters {{ key: {json.dumps(PARAMETER)} value {{ string_value: "
-        f"{json.dumps(model.parameter, ensure_ascii=False)} }} }}",
+        *(["dynamic_batching { }"] if model.max_batch else []),
+        *([f"instance_group [ {{ {' '.join(group)} }} ]"] if group else []),
+        f"parameters {{ key: {json.dumps(PARAMETER)} value {{ string_value: {parameter} }} }}",
     ]
     return "\n".join(lines) + "\n"

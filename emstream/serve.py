@@ -34,6 +34,7 @@ from emstream.errors import (
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import load_engine
 from emstream.inference.engine import Engine
+from emstream.inference.remote import is_remote
 from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
 from emstream.keys import Doorkeeper, Peer, read_pair
@@ -348,7 +349,8 @@ def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
     except (EngineNotFound, EngineUnavailable):
         raise
     except EngineError as error:
-        if settings.device != "auto" or (settings.engine and Path(settings.engine).suffix != ".onnx"):
+        onnx = settings.engine is None or Path(settings.engine).suffix == ".onnx"
+        if settings.device != "auto" or not onnx or is_remote(settings.engine):
             raise
         log.warning("the CPU is used: %s", error)
         with blocks_that_go_back():

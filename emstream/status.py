@@ -130,6 +130,9 @@ def panel(status: dict[str, Any]) -> RenderableType:
     )
     if (trust := status.get("trust")) and (trust["psnr_db"] or trust["state"]):
         table.add_row("quality", _quality(trust))
+    if trust and (given := trust["likelihood"]):
+        low, value, high = (f"{1000 * given[key]:.2f}" for key in ("low", "value", "high"))
+        table.add_row("likelihood", f"{value} ({low} to {high}) millinats/px against an even grey")
     table.add_row("ledger", _ledger(status["ledger"]))
     if recording := status.get("recording"):
         table.add_row("recording", _recording(recording))

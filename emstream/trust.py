@@ -10,8 +10,8 @@ noise of its own, so that the pair of one denoised frame f and the next raw one 
   the picture f to a grey one, in nats per pixel; below 0 they contradict it;
 - the noise: mean[(a - f)^2] / mean[a] is 1 when the counts are Poisson and the picture is right.
 
-One frame of half an electron per pixel says next to nothing: all three are pooled over many frames and
-come with 95 % intervals.
+One frame of half an electron per pixel says next to nothing: all three are pooled over many frames, and the
+first two come with 95 % intervals.
 
 The spectrum of the raw frames, less that of their noise, is compared with the specimens that the
 engine was trained on.
@@ -32,7 +32,7 @@ BAND_EDGES = tuple(float(edge) for edge in np.geomspace(1 / 200, 1 / 20, 11))  #
 SPECTRUM_PX = 512
 _POOLED = 2000  # pairs
 _BLOCK = (
-    10  # neighbouring pairs share frames and are not independent: intervals come from the means of blocks
+    10  # neighbouring pairs show the same scene and are not independent: intervals come from blocks' means
 )
 _LEAST_BLOCKS = 20
 _PRECISE = 0.5  # half an interval over the value
@@ -70,19 +70,19 @@ class Pool:
         return _BLOCK * len(self._blocks)
 
     def estimate(self, index: int) -> Estimate | None:
-        """Of the values at `index`; None while there are too few."""
+        """Of the values at `index`; None while there are too few, or when they are not numbers."""
         if len(self._blocks) < _LEAST_BLOCKS:
             return None
         values = np.array([block[index] for block in self._blocks])
-        mean, half = (
-            float(values.mean()),
-            _t(len(values)) * float(values.std(ddof=1)) / math.sqrt(len(values)),
-        )
+        if not np.isfinite(values).all():
+            return None
+        mean = float(values.mean())
+        half = _t(len(values)) * float(values.std(ddof=1)) / math.sqrt(len(values))
         return Estimate(mean, mean - half, mean + half)
 
 
 def _t(count: int) -> float:
-    """Student's 97.5 % quantile for `count` values of 20 or more, to 0.2 %."""
+    """Student's 97.5 % quantile for `count` values of 20 or more, to 0.5 %."""
     degrees = count - 1
     z = 1.959964
     return z + (z**3 + z) / (4 * degrees)
@@ -197,11 +197,14 @@ class Trust:
 
     def pair(self, denoised: np.ndarray, after: np.ndarray) -> None:
         """A denoised frame (H, W) [electrons] and the raw one that came next."""
-        self._pool.add(pair_values(denoised, after))
+        with np.errstate(over="ignore", invalid="ignore"):  # of an engine that went wrong
+            self._pool.add(pair_values(denoised, after))
 
     def raw(self, counts: np.ndarray) -> None:
         """A raw frame (H, W) [electrons], for its spectrum."""
-        if self._known is not None and (power := spectrum(counts)) is not None:
+        if self._known is None or (power := spectrum(counts)) is None:
+            return
+        if np.isfinite(power).all():
             self._spectra.append(power)
 
     def report(self) -> dict[str, Any]:

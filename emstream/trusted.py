@@ -10,14 +10,17 @@ from emstream.trust import INSUFFICIENT
 
 _POISSON = (0.8, 1.25)
 """Fano factors of frames that may be counts: farther off, the gain is wrong or the picture is."""
+_CONTRADICTED = -5e-4
+"""Nats per pixel below which the counts contradict a picture: of noise alone, where there is nothing to see,
+every picture is a little worse than an even grey."""
 _LONGEST = 100
 
 
 def trust_of(message: dict[str, Any]) -> dict[str, Any]:
     """From a message that may hold anything: ``psnr_db`` and ``likelihood`` {value, low, high}, or None.
 
-    ``state`` is "insufficient data" while neither is known, and None where nothing is estimated; ``faults`` says
-    what is wrong in words.
+    ``state`` is "insufficient data" while the quality is not known, and None where nothing is estimated;
+    ``faults`` says what is wrong in words.
     """
     said = message.get("trust")
     found: dict[str, Any] = {
@@ -34,7 +37,7 @@ def trust_of(message: dict[str, Any]) -> dict[str, Any]:
             found[key] = interval
     if found["psnr_db"] is None:
         found["state"] = INSUFFICIENT
-    if (likelihood := found["likelihood"]) and likelihood["high"] < 0:
+    if (likelihood := found["likelihood"]) and likelihood["high"] < _CONTRADICTED:
         found["faults"].append("the counts contradict the picture")
     fano = wire.numbers(said, ["fano"]).get("fano")
     if fano is not None and not _POISSON[0] <= fano <= _POISSON[1]:

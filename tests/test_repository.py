@@ -50,12 +50,28 @@ def test_model_lies_where_servers_look_and_says_what_it_is(tmp_path: Path) -> No
     assert told == (sha256_of(MODEL), load_engine(MODEL, device="cpu").card)
 
 
+def test_openvino_of_triton_gets_what_it_takes(tmp_path: Path) -> None:
+    """Its README: model.onnx has to be named; it runs on CPUs only, and with a max_batch_size full batches only."""
+    report = write_repository(MODEL, tmp_path, backend="openvino", instances=2)
+    found = config(tmp_path / "unet32")
+    assert (found.backend, found.default_model_filename) == ("openvino", Path(report["path"]).name)
+    assert (found.max_batch_size, found.HasField("dynamic_batching")) == (0, False)
+    assert [list(each.dims) for each in (*found.input, *found.output)] == [[-1, -1, -1]] * 2
+    (group,) = found.instance_group
+    assert (group.count, group.kind) == (2, group.KIND_CPU)
+    with pytest.raises(ValueError, match="max_batch is 4"):
+        write_repository(MODEL, tmp_path, backend="openvino", max_batch=4)
+
+
 def test_next_network_is_the_next_version(tmp_path: Path) -> None:
     versions = [
         write_repository(each, tmp_path, name="m")["version"] for each in (MODEL, MODEL, OTHER, OTHER)
     ]
     assert versions == [1, 1, 2, 2]
-    assert config(tmp_path / "m").parameters[PARAMETER].string_value.count(sha256_of(OTHER)) == 1
+    told = config(tmp_path / "m").parameters[PARAMETER].string_value
+    assert told.count(sha256_of(OTHER)) == 1
+    assert read_parameter(told, "here", "1") is None
+    assert read_parameter(told, "here", "2") == read_parameter(told, "here")
     assert sorted(each.name for each in (tmp_path / "m").iterdir()) == ["1", "2", "config.pbtxt"]
 
 

@@ -118,6 +118,16 @@ def test_service_that_falls_silent_is_a_source_error_for_scripts(
     publisher.close(linger=0)
 
 
+def test_likelihood_is_shown_beside_the_quality(run: Rig) -> None:
+    observer = run.service.pipeline._observer
+    given = {"value": 0.004421, "low": 0.004352, "high": 0.004489}
+    observer._known = observer._newest, {"psnr_db": "insufficient data", "likelihood": given}
+    status = until(statuses(run.service.publisher.endpoint), state="waiting")
+    shown = printed(status)
+    assert "insufficient data yet" in shown
+    assert "4.42 (4.35 to 4.49) millinats/px" in shown
+
+
 def test_silence_is_shown_with_the_last_figures(run: Rig) -> None:
     send(run, 0)
     run.wait(lambda ledger: ledger["published"] == 1)

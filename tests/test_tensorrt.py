@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from emstream.cuda import is_pinned
-from emstream.errors import CudaError, EngineError, EngineInvalid
+from emstream.errors import CudaError, EngineError, EngineInvalid, ServerFailed
 from emstream.frame import PIXEL_TYPES
 from emstream.inference import Engine, IdentityEngine
 from emstream.inference import flavour as flavours
@@ -921,13 +921,14 @@ class Part(IdentityEngine):
         self.got: list[int] = []
         self.in_flight = 0
         self.fails: str | None = None
+        self.error: EngineError = CudaError("told to fail")
         self.collecting: Callable[[], None] = lambda: None
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:
         self.got.append(int(counts[0, 0, 0]))
         assert self.in_flight < self.depth, "more batches than it takes"
         if self.fails == "submit":
-            raise CudaError("submit: told to fail")
+            raise self.error
         self.in_flight += 1
         return super().submit(counts, expected)
 
@@ -935,7 +936,7 @@ class Part(IdentityEngine):
         self.in_flight -= 1
         self.collecting()
         if self.fails == "collect":
-            raise CudaError("collect: told to fail")
+            raise self.error
         return super().collect(ticket)
 
 
@@ -1027,6 +1028,28 @@ def test_a_broken_engine_costs_its_own_batches_and_few_of_them(fails: str, broke
     parts[broken].got.clear()
     assert through(engine, range(600, 900))[1] == []
     assert len(parts[broken].got) > 50
+
+
+def test_a_server_that_goes_on_failing_is_tried_ever_more_seldom() -> None:
+    """If it hangs, each trial takes seconds."""
+    parts = [Part(depth=2), Part(depth=2)]
+    engine, said = SharedEngine(parts), []
+    counts = np.zeros((1, 2, 2), np.uint16)
+
+    def send(many: int) -> int:
+        before = len(parts[0].got)
+        for _ in range(many):
+            with suppress(ServerFailed):
+                engine.collect(engine.submit(counts, np.zeros((1, 2, 2), np.float32)))
+        return len(parts[0].got) - before
+
+    parts[0].fails, parts[0].error = "submit", ServerFailed("it hangs")
+    said = [send(1000), send(1600), send(1600)]
+    assert said[0] <= 5
+    assert said[1:] == [1, 1]
+    parts[0].fails = None
+    send(1600)
+    assert 90 <= send(200) <= 110
 
 
 def test_a_batch_that_is_refused_says_nothing_about_the_engine() -> None:

@@ -94,6 +94,17 @@ def test_zero_and_negative_pictures_have_a_finite_likelihood() -> None:
     assert np.isfinite(pair_values(np.zeros((8, 8), np.float32), np.zeros((8, 8), np.uint8))).all()
 
 
+def test_picture_that_is_no_number_is_never_given_a_figure() -> None:
+    for wrong in (np.nan, np.inf, 1e30):
+        trust = Trust(None)
+        for picture, after in pairs(300, 0.3):
+            picture[0, 0] = wrong
+            trust.pair(picture, after)
+        told = json.loads(json.dumps(trust.report()))
+        assert not any(isinstance(value, float) and not math.isfinite(value) for value in told.values()), told
+        assert told["psnr_db"] == INSUFFICIENT or told["psnr_db"]["value"] < 0
+
+
 def test_pool_keeps_the_latest() -> None:
     pool = Pool(200)
     for n in range(1000):
@@ -255,6 +266,48 @@ def test_observer_closes_while_its_thread_empties_the_queue(monkeypatch: pytest.
     assert not observer._thread.is_alive()
 
 
+def test_what_is_known_of_an_engine_is_not_said_of_another(clock: list[int]) -> None:
+    observer = Observer()
+    observer.start()
+    for n in range(0, 40, 2):
+        clock[0] += 10**9
+        observer.see(published([n, n + 1], MAKER))
+        while observer._queue.qsize():
+            time.sleep(0.001)
+    observer.close()
+    assert observer.report_on(published([40], MAKER)) is not None
+    for other in (Maker({"sha256": "b"}, (0.1, 10)), Maker({"sha256": None}, None)):
+        assert observer.report_on(published([41], other)) is None
+        assert observer.report is None
+    assert observer.report_on(published([42], MAKER)) is not None
+
+
+def test_of_a_large_frame_a_part_is_weighed_another_one_each_time(clock: list[int]) -> None:
+    observer, found = Observer(), []
+    observer._weigh = found.append  # type: ignore[method-assign]
+    observer.start()
+    ring = Ring(2, 2)
+    rows, columns = np.indices((1500, 1100), np.uint16)
+    for n in range(0, 8, 2):
+        for number in (n, n + 1):
+            row = ring.reserve((1500, 1100), np.dtype(np.uint16))
+            assert row is not None
+            row[:] = rows * 7 + columns
+            ring.commit(header(number, (1500, 1100)), now_ns())
+        slot = ring.claim()
+        assert isinstance(slot, Slot)
+        slot.result, slot.maker = slot.expected, MAKER
+        slot.result[:] = slot.counts
+        clock[0] += 10**9
+        observer.see(slot)
+        ring.release(slot)
+    observer.close()
+    assert len({pair.after[0, 0] for pair in found}) == len(found) == 4
+    for pair in found:
+        assert pair.after.shape == (1024, 1024)
+        np.testing.assert_array_equal(pair.after, pair.first.denoised)
+
+
 def test_another_engine_begins_anew(clock: list[int]) -> None:
     observer = Observer()
     observer.start()
@@ -265,5 +318,6 @@ def test_another_engine_begins_anew(clock: list[int]) -> None:
             while observer._queue.qsize():
                 time.sleep(0.001)
     observer.close()
+    observer.report_on(published([0], Maker({"sha256": "b"}, (0.1, 10))))
     assert observer.report is not None
     assert observer.report["frames"] in (20, 30)

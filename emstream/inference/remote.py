@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 from concurrent.futures import Future
@@ -25,15 +26,24 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from emstream.errors import BatchRefused, EngineInvalid, EngineNotFound, EngineUnavailable, ServerFailed
+from emstream.errors import (
+    BatchRefused,
+    EngineError,
+    EngineInvalid,
+    EngineNotFound,
+    EngineUnavailable,
+    ServerFailed,
+)
+from emstream.frame import now_ns
 from emstream.inference.card import EngineCard
 from emstream.inference.engine import Engine
 from emstream.inference.plan import read_plan
 from emstream.inference.shared import SharedEngine
 from emstream.inference.tiling import TiledEngine
 
+log = logging.getLogger(__name__)
 PARAMETER = "emstream"
-"""In a model's configuration: a JSON map of the network's ``sha256`` and the entries of its card."""
+"""In a model's configuration: a JSON map of the network's ``sha256``, its ``version`` and its card's entries."""
 _DEFAULT_PORT = 8001
 _TYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
@@ -45,6 +55,9 @@ _TYPES: dict[str, np.dtype[Any]] = {
 _OPTIONS = ("card", "timeout_s", "ca", "certificate", "key")
 _REFUSALS = ("StatusCode.INVALID_ARGUMENT", "StatusCode.OUT_OF_RANGE")
 _MARGIN_S = 1.0  # gRPC ends a call that is late by itself
+_BELIEVED_NS = 1_000_000_000
+"""How long what a server said of its network holds: another one may take its place at any time."""
+_CHECK_S = 1.0  # a server that is well says at once what it has
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -80,7 +93,7 @@ class RemoteModel:
         path = re.fullmatch(r"/([^/]+)(?:/(\d+))?", parts.path)
         hosts = tuple(_host_and_port(each, url) for each in parts.netloc.split(","))
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        if parts.scheme not in ("grpc", "grpcs") or not path:
+        if parts.scheme not in ("grpc", "grpcs") or not path or parts.fragment:
             raise ValueError(f"an engine's address must look like grpc://HOST:8001/MODEL, got {url!r}")
         if len(set(hosts)) < len(hosts):
             raise ValueError(
@@ -104,10 +117,21 @@ class RemoteModel:
 
 
 def load_remote(url: str) -> Engine:
-    """The engine at an address: its servers, sharing the batches. Raises EngineError or ValueError."""
+    """The engine at an address: its servers, sharing the batches, without those that are away.
+
+    Raises EngineError or ValueError.
+    """
     at = RemoteModel.of(url)
+    engines: list[RemoteEngine] = []
+    away: list[EngineUnavailable] = []
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(contextlib.closing(RemoteEngine(at, host))) for host in at.hosts]
+        for host in at.hosts:
+            try:
+                engines.append(stack.enter_context(contextlib.closing(RemoteEngine(at, host))))
+            except EngineUnavailable as error:
+                away.append(error)
+        if not engines:
+            raise away[0]
         for each in engines[1:]:
             if (each.sha256, each.made_for) != (engines[0].sha256, engines[0].made_for):
                 raise EngineInvalid(
@@ -115,13 +139,15 @@ def load_remote(url: str) -> Engine:
                     f"{engines[0].describe()}"
                 )
         stack.pop_all()
+    for missing in away:
+        log.warning("%s; until the engine is loaded again the others do without it", missing)
     engine = engines[0] if len(engines) == 1 else SharedEngine(engines)
     return engine if engine.made_for else TiledEngine(engine)
 
 
 def is_remote(path: str | Path | None) -> bool:
     """Whether an engine is named by an address instead of a file."""
-    return isinstance(path, str) and path.startswith(("grpc:", "grpcs:"))
+    return isinstance(path, str) and path.lower().startswith(("grpc:", "grpcs:"))
 
 
 def _host_and_port(text: str, url: str) -> str:
@@ -172,8 +198,6 @@ class RemoteEngine(Engine):
         except BaseException:
             self._client.close()
             raise
-        # A server that was away may come back with another network under the same name.
-        self._doubted = False
 
     def _describe(self, at: RemoteModel) -> None:
         grpc = self._grpc
@@ -181,7 +205,7 @@ class RemoteEngine(Engine):
             server = self._client.get_server_metadata(client_timeout=self._timeout_s)
             model = self._client.get_model_metadata(at.model, at.version, client_timeout=self._timeout_s)
         except grpc.InferenceServerException as error:
-            raise EngineUnavailable(self._why_unavailable(error)) from None
+            raise EngineUnavailable(self._why_unavailable(error, self._timeout_s)) from None
         self._version = at.version or max(model.versions, key=lambda text: (len(text), text), default="")
         self.device = f"{server.name or 'inference server'} {server.version} at {self._host}".replace(
             "  ", " "
@@ -197,7 +221,7 @@ class RemoteEngine(Engine):
         frames, *sides = (int(side) for side in self._input.shape[:3])
         if min(sides) > 0:
             self.made_for = ((sides[0], sides[1]), self._dtype)
-        config = self._config()
+        config = self._config(self._timeout_s)
         limit = config.max_batch_size if config is not None and config.max_batch_size > 0 else frames
         self.max_batch = limit if limit > 0 else None
         self.best_batch = self.max_batch or 1
@@ -216,27 +240,25 @@ class RemoteEngine(Engine):
             f"expected frames (B, H, W) of one of {', '.join(_TYPES)}"
         )
 
-    def _config(self) -> Any:
+    def _config(self, timeout_s: float) -> Any:
         """The model's configuration; None of a server that has none, for the protocol does not ask for it."""
         try:
-            return self._client.get_model_config(
-                self._model, self._version, client_timeout=self._timeout_s
-            ).config
+            return self._client.get_model_config(self._model, self._version, client_timeout=timeout_s).config
         except self._grpc.InferenceServerException as error:
             if error.status() == "StatusCode.UNIMPLEMENTED":
                 return None
-            raise EngineUnavailable(self._why_unavailable(error)) from None
+            raise EngineUnavailable(self._why_unavailable(error, timeout_s)) from None
 
     def _network(self, config: Any, file: Path | None) -> tuple[str, EngineCard]:
         """SHA-256 and card of the network, as its server says, or else a file of this machine."""
-        told = None
-        if config is not None and PARAMETER in config.parameters:
-            told = read_parameter(config.parameters[PARAMETER].string_value, where=self.where)
+        told = self._told(config)
+        self._tells = told is not None
+        self._believed_until_ns = now_ns() + _BELIEVED_NS
         if file is None:
             if told is None:
                 raise EngineInvalid(
-                    f"{self.where} does not say what the network is for; write its repository with emstream export, "
-                    f"or name the same network here: grpc://{self._host}/{self._model}?card=NETWORK.onnx"
+                    f"{self.where} does not say what version {self._version or 1} is for; write its repository with "
+                    f"emstream export, or name the same network here: grpc://{self._host}/{self._model}?card=NETWORK.onnx"
                 )
             return told
         mine = network_of(file)
@@ -246,18 +268,24 @@ class RemoteEngine(Engine):
             )
         return mine
 
-    def _why_unavailable(self, error: Any) -> str:
+    def _told(self, config: Any) -> tuple[str, EngineCard] | None:
+        """What a configuration says of the network; None when it says nothing, or only of another version."""
+        if config is None or PARAMETER not in config.parameters:
+            return None
+        return read_parameter(config.parameters[PARAMETER].string_value, self.where, self._version)
+
+    def _why_unavailable(self, error: Any, timeout_s: float) -> str:
         status = str(error.status()).removeprefix("StatusCode.")
         if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
             return (
-                f"no inference server answers at {self._host} within {self._timeout_s:g} s, or it has no model "
+                f"no inference server answers at {self._host} within {timeout_s:g} s, or it has no model "
                 f"{self._model} ready ({_line(error)}); is it running, is the port its gRPC one (8001, not 8000)?"
             )
         return f"the inference server at {self._host} has no {self._model}: {_line(error)}"
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
         self._check(counts)
-        if self._doubted:
+        if self._tells and now_ns() >= self._believed_until_ns:
             self._check_network()
         pixels = np.ascontiguousarray(counts, self._dtype)
         if len(self._input.shape) == 4:
@@ -280,14 +308,15 @@ class RemoteEngine(Engine):
     def collect(self, ticket: _Ticket) -> np.ndarray:
         try:
             response = ticket.answer.result(self._timeout_s + _MARGIN_S).get_response()
-        except TimeoutError:
-            self._doubted = True
-            raise ServerFailed(f"{self.where} did not answer within {self._timeout_s:g} s") from None
-        except self._grpc.InferenceServerException as error:
-            if error.status() in _REFUSALS:
+        except (TimeoutError, self._grpc.InferenceServerException) as error:
+            if isinstance(error, TimeoutError) or error.status() == "StatusCode.DEADLINE_EXCEEDED":
+                said = f" did not answer within {self._timeout_s:g} s (see timeout_s, max_batch)"
+            elif error.status() in _REFUSALS:
                 raise BatchRefused(f"{self.where} refuses: {_line(error)}") from None
-            self._doubted = True
-            raise ServerFailed(f"{self.where}: {_line(error)}") from None
+            else:
+                said = f": {_line(error)}"
+            self._believed_until_ns = 0
+            raise ServerFailed(f"{self.where}{said}") from None
         try:
             ticket.expected[:] = _pixels(response, self._output.name)
         except (ValueError, KeyError) as error:
@@ -315,36 +344,37 @@ class RemoteEngine(Engine):
 
     def _check_network(self) -> None:
         try:
-            config = self._config()
-        except EngineUnavailable as error:
+            told = self._told(self._config(min(self._timeout_s, _CHECK_S)))
+        except EngineError as error:
             raise ServerFailed(str(error)) from None
-        if config is not None and PARAMETER in config.parameters:
-            told = read_parameter(config.parameters[PARAMETER].string_value, where=self.where)
-            if told[0] != self.sha256:
-                raise EngineInvalid(
-                    f"{self.where} came back with another network, {told[1].name}, SHA-256 {told[0][:12]}..."
-                )
-        self._doubted = False
+        if told is None:
+            raise ServerFailed(f"{self.where} no longer says what the network is")
+        if told[0] != self.sha256:
+            raise ServerFailed(
+                f"{self.where} came back with another network, {told[1].name}, SHA-256 {told[0][:12]}..."
+            )
+        self._believed_until_ns = now_ns() + _BELIEVED_NS
 
 
-def read_parameter(text: str, where: str) -> tuple[str, EngineCard]:
-    """SHA-256 and card in a model's configuration. Raises EngineInvalid."""
+def read_parameter(text: str, where: str, version: str = "") -> tuple[str, EngineCard] | None:
+    """SHA-256 and card in a model's configuration; None if they are not of this `version`. Raises EngineInvalid."""
     try:
         entries = json.loads(text)
-        sha256 = entries.pop("sha256")
+        sha256, of = entries.pop("sha256"), str(entries.pop("version", version))
         metadata = {key: json.dumps(value) for key, value in entries.items()}
     except (ValueError, KeyError, AttributeError):
         raise EngineInvalid(
             f"{where}: its parameter {PARAMETER!r} is not what emstream export writes"
         ) from None
+    if version and of != version:
+        return None
     return str(sha256), EngineCard.from_metadata(metadata, where)
 
 
-def parameter_of(sha256: str, card: EngineCard) -> str:
+def parameter_of(sha256: str, card: EngineCard, version: int) -> str:
     """What `read_parameter` reads."""
-    return json.dumps(
-        {"sha256": sha256} | {key: json.loads(text) for key, text in card.to_metadata().items()}
-    )
+    entries = {key: json.loads(text) for key, text in card.to_metadata().items()}
+    return json.dumps({"sha256": sha256, "version": version} | entries)
 
 
 def network_of(file: Path) -> tuple[str, EngineCard]:

@@ -14,7 +14,7 @@ from emstream.errors import CudaError, EngineError, ServerFailed
 from emstream.inference.engine import Engine
 
 log = logging.getLogger(__name__)
-_REST = 100  # batches
+_REST = (100, 1600)  # batches, doubling from one to the other
 
 
 @dataclass
@@ -28,7 +28,8 @@ class SharedEngine(Engine):
 
     Tickets are collected in the order of their submission, so frames keep theirs. An engine
     that failed rests for the next batches: a broken one, always the first to be idle, would
-    otherwise get nearly all of them.
+    otherwise get nearly all of them. A server that fails again rests for longer: if it hangs,
+    each trial costs as long as it is waited for.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -40,6 +41,7 @@ class SharedEngine(Engine):
         self._engines = list(engines)
         self._under_way = [0] * len(engines)
         self._resting = [0] * len(engines)  # batches yet to be given to others
+        self._next_rest = [_REST[0]] * len(engines)
         self._last = len(engines) - 1  # the one chosen last
         self._lock = threading.Lock()
         self.name, self.sha256, self.card = first.name, first.sha256, first.card
@@ -101,11 +103,17 @@ class SharedEngine(Engine):
     def _settle(self, place: int, error: BaseException | None = None) -> None:
         with self._lock:
             self._under_way[place] -= 1
+            if error is None:
+                self._next_rest[place] = _REST[0]
             if error is None or len(self._engines) == 1 or _is_the_batchs_fault(error):
                 return
-            self._resting[place] = _REST
+            if self._resting[place]:  # of what it had when it failed
+                return
+            rest = self._resting[place] = self._next_rest[place]
+            if isinstance(error, ServerFailed):
+                self._next_rest[place] = min(2 * rest, _REST[1])
         device = self._engines[place].device
-        log.warning("%s failed: the others get its share of the next %d batches", device, _REST)
+        log.warning("%s failed: the others get its share of the next %d batches", device, rest)
 
 
 def _is_the_batchs_fault(error: BaseException) -> bool:

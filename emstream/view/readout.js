@@ -74,7 +74,8 @@ export class Readout {
     element("engine-sha").title = engine?.sha256 ?? "";
     setText("engine-device", engine?.device ?? "");
     element("engine-device").title = engine?.device ?? "";
-    const { psnr_db: quality, state: known } = latest.trust ?? {};
+    const { psnr_db: quality, likelihood, state: known } = latest.trust ?? {};
+    element("quality-section").title = QUALITY + (likelihood ? `; ${supports(likelihood)}` : "");
     setText("quality", digits(quality?.value));
     setText("quality-note", quality ? `${digits(quality.low)}–${digits(quality.high)}, estimated` : known ?? "not estimated");
     const { p99 } = latest.latency_so_far_ms ?? {};
@@ -100,6 +101,14 @@ export class Readout {
       units.textContent = latest.units === "electrons" ? "e⁻/px" : latest.units;
     }
   }
+}
+
+const QUALITY = "Peak signal-to-noise ratio, peak 1 electron, estimated from each denoised frame and the raw one after it, over many frames";
+
+// By how much the counts prefer the picture to an even grey, in thousandths of a nat per pixel.
+function supports({ value, low, high }) {
+  const [mean, from, to] = [value, low, high].map((nats) => (1000 * nats).toFixed(2));
+  return `likelihood against an even grey ${mean} (${from} to ${to}) millinats per pixel`;
 }
 
 const STAGES = { wait: "received_to_batched", infer: "batched_to_inferred", send: "inferred_to_published" };

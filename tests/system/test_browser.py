@@ -395,11 +395,14 @@ def test_estimate_of_the_quality_is_shown_and_what_contradicts_it_is_red(
 ) -> None:
     observer = camera._run.service.pipeline._observer
     said = {"frames": 400, "psnr_db": {"value": 33.04, "low": 32.61, "high": 33.5}, "fano": 1.0}
-    observer._report = said | {"likelihood": {"value": 0.02, "low": 0.01, "high": 0.03}}
+    observer._known = observer._newest, said | {"likelihood": {"value": 0.02, "low": 0.01, "high": 0.03}}
     tab.open(view.url)
     tab.wait(f"""{TEXT_OF % "quality"} === "33.0" """)
     tab.wait(f"""{TEXT_OF % "quality-note"} === "32.6\u201333.5, estimated" """)
-    observer._report = said | {"likelihood": {"value": -0.02, "low": -0.03, "high": -0.01}}
+    assert "likelihood against an even grey 20.00 (10.00 to 30.00)" in str(
+        tab.evaluate("document.getElementById('quality-section').title")
+    )
+    observer._known = observer._newest, said | {"likelihood": {"value": -0.02, "low": -0.03, "high": -0.01}}
     tab.wait("!document.getElementById('mark').hidden")
     assert tab.text("mark").startswith("the counts contradict the picture")
 
