@@ -160,7 +160,9 @@ def progress(title: str, total: float) -> Iterator[Callable[[float, str], None]]
             bar.update(task, completed=done, description=f"{title}: {what}")
             if not console.is_terminal and (part := int(20 * done / total)) > said:
                 said = part
-                print(f"{datetime.now(UTC):%H:%M:%S} {5 * part} % {title}: {what}", file=sys.stderr, flush=True)
+                print(
+                    f"{datetime.now(UTC):%H:%M:%S} {5 * part} % {title}: {what}", file=sys.stderr, flush=True
+                )
 
         yield show
 
