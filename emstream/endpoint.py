@@ -58,8 +58,10 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
 
 def reachable(endpoint: str) -> bool:
     """Whether a socket bound to `endpoint` can be connected to from other machines."""
-    if not endpoint.startswith("tcp://"):
+    if endpoint.startswith(("ipc://", "inproc://")):
         return False
+    if not endpoint.startswith("tcp://"):  # ZeroMQ knows more of them, such as tipc://
+        return True
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host == "localhost":
         return False
