@@ -411,7 +411,10 @@ def swap(
     from emstream.control import ask, control_of
     from emstream.keys import Peer
 
-    path = str(Path(engine).absolute()) if Path(engine).exists() else engine
+    path = engine
+    with suppress(OSError):  # a name that is too long: the service says so
+        if Path(engine).is_file():
+            path = str(Path(engine).absolute())
     peer = Peer.of(key, service_key)
     answer = ask(control_of(service, peer=peer), {"do": "swap", "engine": path}, timeout_s, peer)
     _print_report(answer, as_json)

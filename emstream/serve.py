@@ -26,6 +26,7 @@ from emstream.endpoint import Door, reachable
 from emstream.errors import (
     EmstreamError,
     EngineError,
+    EngineNotFound,
     EngineUnavailable,
     FileFormatError,
     MalformedFrame,
@@ -224,15 +225,22 @@ class Service:
     def swap(self, path: str | Path) -> dict[str, Any]:
         """Load, prepare and test another engine beside the running one, and let it have the next batch.
 
-        Returns what the test measured. Raises EngineError or ValueError, and nothing has changed then.
+        It must take the frames that come. Returns what the test measured. Raises EngineError or ValueError,
+        and nothing has changed then.
         """
         load = partial(_load_prepared, replace(self.settings, engine=path), self.corrections)
-        engine = load()
         try:
-            _check_max_batch(engine, self.ring.max_batch)
-            tested = self_test(engine)
-        except BaseException:
-            engine.close()
+            engine = load()
+            try:
+                _check_max_batch(engine, self.ring.max_batch)
+                if self.ring.newest is not None:
+                    engine.prepare(*self.ring.newest)
+                tested = self_test(engine)
+            except BaseException:
+                engine.close()
+                raise
+        except (EmstreamError, ValueError) as error:
+            log.warning("%s is not swapped in: %s", path, error)
             raise
         before = self.engine.swap(engine, load)
         log.info(
@@ -327,13 +335,14 @@ def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
 
     try:
         return load(settings.device)
-    except EngineUnavailable:
+    except (EngineNotFound, EngineUnavailable):
         raise
     except EngineError as error:
         if settings.device != "auto" or (settings.engine and Path(settings.engine).suffix != ".onnx"):
             raise
+        engine = load("cpu")
         log.warning("the CPU is used: %s", error)
-        return load("cpu")
+        return engine
 
 
 def _check_max_batch(engine: Engine, max_batch: int) -> None:
