@@ -130,15 +130,20 @@ def check(
     Example: **emstream --config /etc/emstream.toml config check**
     """
     from emstream.config import in_force
+    from emstream.serve import look_over
 
     root = context.find_root()
     commands = root.command.commands  # type: ignore[attr-defined]
+    commands = {name: each for name, each in commands.items() if not hasattr(each, "commands")}
     if command not in commands:
-        raise ValueError(f"there is no command {command!r}; there are {', '.join(commands)}")
+        hint = f"; a file goes before: --config {command} config check" if command.endswith(".toml") else ""
+        raise ValueError(f"there is no command {command!r}; there are {', '.join(commands)}{hint}")
     made = commands[command].make_context(command, [], parent=root)
     options = in_force(made, root.params.get("config"))
     if command == "serve":
-        _settings_of(**made.params)
+        settings = _settings_of(**made.params)
+        _check_recording_options(made.params["record"], made.params["look_back"], made.params["split"])
+        look_over(settings)
     report = {each.option: {"value": each.value, "from": each.source} for each in options}
     if as_json:
         typer.echo(json.dumps(report, default=str))
@@ -314,8 +319,7 @@ def serve(
         key=key, admit=admit, camera_key=camera_key, insecure=insecure,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
-    if record is None and (look_back or split):
-        raise ValueError("--look-back and --split are for recordings; give --record, too")
+    _check_recording_options(record, look_back, split)
     recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
         # Without a handler this signal would end the service.
@@ -366,6 +370,12 @@ def serve(
         report["recording"] = recordings[0]
     _print_report(report, as_json)
     _check_recording(*recordings)
+
+
+def _check_recording_options(record: Path | None, look_back: float, split: str | None) -> None:
+    if record is None and (look_back or split):
+        raise ValueError("--look-back and --split are for recordings; give --record, too")
+    _size(split, "split")
 
 
 def _settings_of(output: Sequence[str] | None, max_frame_mib: int, control: str, **options: Any) -> Settings:
@@ -944,7 +954,7 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return "-" if value is None or value == () else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -34,10 +34,8 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
     if endpoint.startswith("tcp:") and port.isdigit() and int(port) > 65535:
         problem = "ports end at 65535"  # ZeroMQ would silently take another one
     elif door and door.stands_open(endpoint):
-        problem = (
-            "other machines can reach it, and anybody there could look on; give --key and --admit "
-            "(emstream keygen makes keys), or --insecure on a network where that is no harm"
-        )
+        socket.close(linger=0)
+        raise OutputError(only_with_keys(endpoint))
     else:
         try:
             if door and door.keeper:
@@ -54,6 +52,14 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
             f"cannot publish on {endpoint}: {problem}; --output takes tcp://HOST:PORT or ipc://PATH"
         )
     return last_endpoint(socket)
+
+
+def only_with_keys(endpoint: str) -> str:
+    """Why `endpoint` is not bound."""
+    return (
+        f"cannot publish on {endpoint}: other machines can reach it, and anybody there could look on; give --key and "
+        "--admit (emstream keygen makes keys), or --insecure on a network where that is no harm"
+    )
 
 
 def reachable(endpoint: str) -> bool:

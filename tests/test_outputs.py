@@ -431,3 +431,23 @@ def test_commands_of_the_readme_say_who_may_connect_to_what_they_bind() -> None:
     assert any(reachable(endpoint) for endpoint, _ in outputs)
     for endpoint, command in outputs:
         assert not reachable(endpoint) or {"--insecure", "--key"} & set(command), command
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "from_elsewhere"),
+    [
+        ("ipc:///run/x", False),
+        ("inproc://x", False),
+        ("tcp://localhost:5", False),
+        ("tcp://127.0.0.2:5", False),
+        ("tcp://[::1]:5", False),
+        ("tcp://*:5", True),
+        ("tcp://0.0.0.0:5", True),
+        ("tcp://[::]:5", True),
+        ("tcp://eth0:5", True),
+        ("tipc://{5560,0,0}", True),
+        ("ws://*:80", True),
+    ],
+)
+def test_what_other_machines_can_reach_is_known(endpoint: str, from_elsewhere: bool) -> None:
+    assert reachable(endpoint) == from_elsewhere
