@@ -35,15 +35,28 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except EmstreamError as error:
-            typer.echo(printable_lines(f"error: {error}"), err=True)
+            _say_error(error)
             if isinstance(error, Stalled):
                 sys.stdout.flush()
                 os._exit(1)  # a thread hangs: nothing could wait for its end
             raise typer.Exit(1) from None
         except ValueError as error:
-            typer.echo(printable_lines(f"error: {error}"), err=True)
-            typer.echo(f"Try '{ctx.command_path} {ctx.invoked_subcommand} --help'.", err=True)
+            _say_error(error)
+            if not _logs_json():
+                typer.echo(f"Try '{ctx.command_path} {ctx.invoked_subcommand} --help'.", err=True)
             raise typer.Exit(2) from None
+
+
+def _logs_json() -> bool:
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def _say_error(error: Exception) -> None:
+    """The line that a command ends with: for people, or like every other of --log-json."""
+    if _logs_json():
+        logging.getLogger("emstream").error("%s", error)
+    else:
+        typer.echo(printable_lines(f"error: {error}"), err=True)
 
 
 app = typer.Typer(

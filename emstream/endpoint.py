@@ -64,7 +64,7 @@ def only_with_keys(endpoint: str) -> str:
 
 def reachable(endpoint: str) -> bool:
     """Whether a socket bound to `endpoint` can be connected to from other machines."""
-    if endpoint.startswith(("ipc://", "inproc://")):
+    if endpoint.startswith(("ipc://", "inproc://")) or "://" not in endpoint:
         return False
     if not endpoint.startswith("tcp://"):  # ZeroMQ knows more of them, such as tipc://
         return True

@@ -438,6 +438,7 @@ def test_commands_of_the_readme_say_who_may_connect_to_what_they_bind() -> None:
     [
         ("ipc:///run/x", False),
         ("inproc://x", False),
+        ("nonsense", False),  # nobody can, and binding it says why
         ("tcp://localhost:5", False),
         ("tcp://127.0.0.2:5", False),
         ("tcp://[::1]:5", False),
