@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from emstream.errors import EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
-from emstream.printable import JsonFormatter, PrintableFormatter, printable, printable_lines
+from emstream.printable import log_to_stderr, logs_json, printable, printable_lines
 
 if TYPE_CHECKING:
     from emstream.record_process import RecorderProcess
@@ -42,18 +42,14 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from None
         except ValueError as error:
             _say_error(error)
-            if not _logs_json():
+            if not logs_json():
                 typer.echo(f"Try '{ctx.command_path} {ctx.invoked_subcommand} --help'.", err=True)
             raise typer.Exit(2) from None
 
 
-def _logs_json() -> bool:
-    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
-
-
 def _say_error(error: Exception) -> None:
     """The line that a command ends with: for people, or like every other of --log-json."""
-    if _logs_json():
+    if logs_json():
         logging.getLogger("emstream").error("%s", error)
     else:
         typer.echo(printable_lines(f"error: {error}"), err=True)
@@ -113,10 +109,7 @@ def _setup(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every rejected frame.")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
-    to_stderr = logging.StreamHandler(sys.stderr)
-    line = PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    to_stderr.setFormatter(JsonFormatter() if log_json else line)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[to_stderr])
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO, as_json=log_json)
     if version:
         import emstream
 

@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from emstream.errors import EmstreamError, OutputError
-from emstream.printable import PrintableFormatter
+from emstream.printable import log_to_stderr, logs_json
 from emstream.publish import Publisher
 from emstream.record import FAILURES, Recorder, RecordSettings
 from emstream.recording import disk
@@ -62,7 +61,10 @@ class RecorderProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_recorder_main, args=(settings, self._hello, theirs), name="recorder", daemon=True
+            target=_recorder_main,
+            args=(settings, self._hello, theirs, logs_json()),
+            name="recorder",
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -313,13 +315,11 @@ def _sums(reports: list[dict[str, Any]], name: str) -> dict[str, int]:
     return {track: sum(report[name][track] for report in reports) for track in ("raw", "denoised")}
 
 
-def _recorder_main(settings: RecordSettings, hello: bytes, pipe: Connection) -> None:
+def _recorder_main(settings: RecordSettings, hello: bytes, pipe: Connection, as_json: bool) -> None:
     # A signal reaches the whole terminal or service unit; the service says itself when it has finished.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
+    log_to_stderr(as_json=as_json)
     try:
         said: Any = _Report(_Sessions(settings, pipe).run(hello))
     except EmstreamError as error:

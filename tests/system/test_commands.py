@@ -354,3 +354,15 @@ def test_orders_to_no_service_are_explained(tmp_path: Path) -> None:
     done = emstream("engine", "swap", "x.onnx", "--service", "nonsense")
     assert done.returncode == 1
     assert "cannot subscribe to nonsense" in done.stderr
+
+
+def test_every_line_is_json_where_that_was_asked_for(tmp_path: Path) -> None:
+    done = emstream("--log-json", "serve", "--input", "sim://?rate=50&height=64&width=64&frames=20",
+                    "--engine", "identity", "--output", f"ipc://{tmp_path}/out", "--record", tmp_path)  # fmt: skip
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {"emstream.serve", "emstream.record"} <= {line["logger"] for line in lines}
+    refused = emstream("--log-json", "serve", "--input", "foo://x")
+    assert refused.returncode == 2
+    (line,) = map(json.loads, refused.stderr.splitlines())
+    assert line["level"] == "ERROR"
+    assert "scheme must be one of" in line["message"]
