@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 LARGEST_QUESTION = 64 * 1024  # bytes
 _POLL_MS = 100
 _LAST_ANSWER_S = 5.0
+_LONGEST_S = 1e6
 
 Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -89,6 +90,8 @@ def ask(
     endpoint: str, question: Mapping[str, Any], timeout_s: float, peer: Peer | None = None
 ) -> dict[str, Any]:
     """Ask the service at a control endpoint; returns its answer. Raises SourceError when it refuses or is silent."""
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise ValueError(f"timeout-s must be positive and at most {_LONGEST_S:g} s, got {timeout_s} s")
     asking: zmq.Socket[bytes]
     with zmq.Context.instance().socket(zmq.REQ) as asking:
         asking.setsockopt(zmq.LINGER, 0)

@@ -50,6 +50,12 @@ def test_silence_is_explained(tmp_path: Any) -> None:
         ask(f"ipc://{tmp_path}/nobody", {"do": "double"}, 0.05)
 
 
+@pytest.mark.parametrize("timeout_s", [-1, 0, float("nan"), float("inf")])
+def test_wait_that_makes_no_sense_is_refused(tmp_path: Any, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match=r"timeout-s must be positive .*, got "):
+        ask(f"ipc://{tmp_path}/nobody", {"do": "double"}, timeout_s)
+
+
 def test_garbage_neither_stops_nor_fills_it(control: Control, context: Any) -> None:
     rubbish: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     rubbish.linger = 0
