@@ -383,7 +383,14 @@ def test_frame_for_which_the_engine_has_no_memory_is_rejected(rig: Any) -> None:
     assert run.service.ledger.reasons() == {"no memory for a frame of 2000x2000 uint8": 1}
 
 
-@pytest.mark.parametrize("change", [{"output": "tcp://127.0.0.1:99999"}, {"slots": 1}, {"input": "ftp://x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": "tcp://127.0.0.1:99999"},
+        {"expect": "64x64:uint8", "roi": "65x64+0+0"},
+        {"input": "ftp://x"},
+    ],
+)
 def test_service_that_cannot_be_put_together_closes_its_engine(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
