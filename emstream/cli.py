@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from emstream.errors import EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
-from emstream.printable import JsonFormatter, PrintableFormatter, printable, printable_lines
+from emstream.printable import log_to_stderr, logs_json, printable, printable_lines
 from emstream.signals import begin_on_signal, end_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
@@ -35,15 +35,24 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except EmstreamError as error:
-            typer.echo(printable_lines(f"error: {error}"), err=True)
+            _say_error(error)
             if isinstance(error, Stalled):
                 sys.stdout.flush()
                 os._exit(1)  # a thread hangs: nothing could wait for its end
             raise typer.Exit(1) from None
         except ValueError as error:
-            typer.echo(printable_lines(f"error: {error}"), err=True)
-            typer.echo(f"Try '{ctx.command_path} {ctx.invoked_subcommand} --help'.", err=True)
+            _say_error(error)
+            if not logs_json():
+                typer.echo(f"Try '{ctx.command_path} {ctx.invoked_subcommand} --help'.", err=True)
             raise typer.Exit(2) from None
+
+
+def _say_error(error: Exception) -> None:
+    """The line that a command ends with: for people, or like every other of --log-json."""
+    if logs_json():
+        logging.getLogger("emstream").error("%s", error)
+    else:
+        typer.echo(printable_lines(f"error: {error}"), err=True)
 
 
 app = typer.Typer(
@@ -105,10 +114,7 @@ def _setup(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every rejected frame.")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
-    to_stderr = logging.StreamHandler(sys.stderr)
-    line = PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    to_stderr.setFormatter(JsonFormatter() if log_json else line)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[to_stderr])
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO, as_json=log_json)
     if version:
         import emstream
 
@@ -135,15 +141,20 @@ def check(
     Example: **emstream --config /etc/emstream.toml config check**
     """
     from emstream.config import in_force
+    from emstream.serve import look_over
 
     root = context.find_root()
     commands = root.command.commands  # type: ignore[attr-defined]
+    commands = {name: each for name, each in commands.items() if not hasattr(each, "commands")}
     if command not in commands:
-        raise ValueError(f"there is no command {command!r}; there are {', '.join(commands)}")
+        hint = f"; a file goes before: --config {command} config check" if command.endswith(".toml") else ""
+        raise ValueError(f"there is no command {command!r}; there are {', '.join(commands)}{hint}")
     made = commands[command].make_context(command, [], parent=root)
     options = in_force(made, root.params.get("config"))
     if command == "serve":
-        _settings_of(**made.params)
+        settings = _settings_of(**made.params)
+        _check_recording_options(made.params["record"], made.params["look_back"], made.params["split"])
+        look_over(settings)
     report = {each.option: {"value": each.value, "from": each.source} for each in options}
     if as_json:
         typer.echo(json.dumps(report, default=str))
@@ -326,8 +337,7 @@ def serve(
         key=key, admit=admit, camera_key=camera_key, insecure=insecure,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
-    if record is None and (look_back or split):
-        raise ValueError("--look-back and --split are for recordings; give --record, too")
+    _check_recording_options(record, look_back, split)
     recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
         # Without a handler this signal would end the service.
@@ -378,6 +388,12 @@ def serve(
         report["recording"] = recordings[0]
     _print_report(report, as_json)
     _check_recording(*recordings)
+
+
+def _check_recording_options(record: Path | None, look_back: float, split: str | None) -> None:
+    if record is None and (look_back or split):
+        raise ValueError("--look-back and --split are for recordings; give --record, too")
+    _size(split, "split")
 
 
 def _settings_of(
@@ -432,7 +448,10 @@ def swap(
     from emstream.control import ask, control_of
     from emstream.keys import Peer
 
-    path = str(Path(engine).absolute()) if Path(engine).exists() else engine
+    path = engine
+    with suppress(OSError):  # a name that is too long: the service says so
+        if Path(engine).is_file():
+            path = str(Path(engine).absolute())
     peer = Peer.of(key, service_key)
     answer = ask(control_of(service, peer=peer), {"do": "swap", "engine": path}, timeout_s, peer)
     _print_report(answer, as_json)
@@ -981,7 +1000,7 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return "-" if value is None or value == () else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -36,10 +36,15 @@ def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     checked: dict[str, dict[str, Any]] = {}
+    commands = {name: command for name, command in commands.items() if not hasattr(command, "commands")}
     for name, values in tables.items():
         command = commands.get(name)
-        if command is None or not isinstance(values, dict):
-            raise ConfigError(f"{path}: [{name}] is no command{_near(name, commands)}")
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: {name} = {values!r} is in no table; options go below the [command] they belong to"
+            )
+        if command is None:
+            raise ConfigError(f"{path}: [{name}] is no command with options{_near(name, commands)}")
         options = {
             str(option.name): option for option in command.params if option.param_type_name == "option"
         }
@@ -47,6 +52,8 @@ def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             option = options.get(key.replace("-", "_"))
             if option is None:
                 raise ConfigError(f"{path}: [{name}] has no option {key!r}{_near(key, options)}")
+            if str(option.name) in checked.get(name, {}):
+                raise ConfigError(f"{path}: [{name}] has {option.name} twice, with - and with _")
             checked.setdefault(name, {})[str(option.name)] = _value(path, name, command, option, value)
     return checked
 

@@ -6,7 +6,9 @@ A question is a msgpack map ``{"do": NAME, ...}``, the answer ``{"ok": true, ...
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,13 +16,15 @@ from typing import Any
 import zmq
 
 from emstream import wire
-from emstream.endpoint import Door, bind, connect
+from emstream.endpoint import Door, bind, connect, reachable
 from emstream.errors import EmstreamError, MalformedFrame, SourceError
 from emstream.keys import Peer
 
 log = logging.getLogger(__name__)
 LARGEST_QUESTION = 64 * 1024  # bytes
 _POLL_MS = 100
+_LAST_ANSWER_S = 5.0
+_LONGEST_S = 1e6
 
 Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -49,10 +53,13 @@ class Control:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer what is being answered, then no more."""
+        """Answer what is being answered, then no more. What takes longer than a few seconds is not waited for."""
         self._stopping.set()
         if self._thread.ident is not None:
-            self._thread.join(timeout=60)
+            self._thread.join(timeout=_LAST_ANSWER_S)
+            if self._thread.is_alive():  # and has the socket
+                log.warning("an order is still being carried out, %g s after the end", _LAST_ANSWER_S)
+                return
         self._socket.close()
 
     def _run(self) -> None:
@@ -83,31 +90,63 @@ def ask(
     endpoint: str, question: Mapping[str, Any], timeout_s: float, peer: Peer | None = None
 ) -> dict[str, Any]:
     """Ask the service at a control endpoint; returns its answer. Raises SourceError when it refuses or is silent."""
-    socket: zmq.Socket[bytes]
-    with zmq.Context.instance().socket(zmq.REQ) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        connect(socket, endpoint, peer)
-        socket.send(wire.pack(question))
-        if not socket.poll(round(1000 * timeout_s)):
-            raise SourceError(f"no answer from the service at {endpoint} within {timeout_s:g} s")
-        answer = wire.unpack(socket.recv())
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise ValueError(f"timeout-s must be positive and at most {_LONGEST_S:g} s, got {timeout_s} s")
+    asking: zmq.Socket[bytes]
+    with zmq.Context.instance().socket(zmq.REQ) as asking:
+        asking.setsockopt(zmq.LINGER, 0)
+        connect(asking, endpoint, peer)
+        asking.send(wire.pack(question))
+        if not asking.poll(round(1000 * timeout_s)):
+            raise SourceError(
+                f"no answer from the service at {endpoint} within {timeout_s:g} s; what it began, it will still do"
+            )
+        answer = wire.unpack(asking.recv())
     if not answer.get("ok"):
         raise SourceError(f"the service at {endpoint} refuses: {answer.get('error')}")
     return answer
 
 
 def control_of(service: str, timeout_s: float = 3.0, peer: Peer | None = None) -> str:
-    """The control endpoint of the service that publishes on `service`; it says so on its stats topic."""
-    socket: zmq.Socket[bytes]
-    with zmq.Context.instance().socket(zmq.SUB) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        connect(socket, service, peer)
-        socket.subscribe(b"stats")
-        if not socket.poll(round(1000 * timeout_s)):
+    """The control endpoint of the service that publishes on `service`; it says so on its stats topic.
+
+    Raises SourceError when it is silent, or takes no orders from where one is.
+    """
+    asking: zmq.Socket[bytes]
+    with zmq.Context.instance().socket(zmq.SUB) as asking:
+        asking.setsockopt(zmq.LINGER, 0)
+        connect(asking, service, peer)
+        asking.subscribe(b"stats")
+        if not asking.poll(round(1000 * timeout_s)):
             raise SourceError(
-                f"no service at {service}: nothing came within {timeout_s:g} s; --service takes tcp://HOST:PORT"
+                f"no service at {service}: nothing came within {timeout_s:g} s; --service takes tcp://HOST:PORT, "
+                "and --key and --service-key where the service takes keys"
             )
-        endpoint = wire.unpack(socket.recv_multipart()[1]).get("control")
+        endpoint = wire.unpack(asking.recv_multipart()[1]).get("control")
     if endpoint is None:
         raise SourceError(f"the service at {service} takes no orders; start it without --control none")
-    return str(endpoint)
+    return _seen_from_here(str(endpoint), service)
+
+
+def _seen_from_here(control: str, service: str) -> str:
+    """The endpoint that a service says it takes orders on, for one who reaches it at `service`."""
+    if not service.startswith("tcp://"):
+        return control
+    tcp_host = service.rpartition(":")[0]
+    for everywhere in ("tcp://0.0.0.0:", "tcp://[::]:"):
+        if control.startswith(everywhere):
+            return f"{tcp_host}:{control.removeprefix(everywhere)}"
+    if not reachable(control) and not _is_here(tcp_host.removeprefix("tcp://")):
+        raise SourceError(
+            f"the service at {service} takes orders on its own machine alone, at {control}: give them there, or start "
+            "it with --control 'tcp://*:5557' and keys"
+        )
+    return control
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address or name is this machine's: then one can listen there."""
+    family = socket.AF_INET6 if "[" in host else socket.AF_INET
+    with contextlib.suppress(OSError), socket.create_server((host.strip("[]"), 0), family=family):
+        return True
+    return False

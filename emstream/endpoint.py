@@ -34,10 +34,8 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
     if endpoint.startswith("tcp:") and port.isdigit() and int(port) > 65535:
         problem = "ports end at 65535"  # ZeroMQ would silently take another one
     elif door and door.stands_open(endpoint):
-        problem = (
-            "other machines can reach it, and anybody there could look on; give --key and --admit "
-            "(emstream keygen makes keys), or --insecure on a network where that is no harm"
-        )
+        socket.close(linger=0)
+        raise OutputError(only_with_keys(endpoint))
     else:
         try:
             if door and door.keeper:
@@ -56,10 +54,20 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
     return last_endpoint(socket)
 
 
+def only_with_keys(endpoint: str) -> str:
+    """Why `endpoint` is not bound."""
+    return (
+        f"cannot publish on {endpoint}: other machines can reach it, and anybody there could look on; give --key and "
+        "--admit (emstream keygen makes keys), or --insecure on a network where that is no harm"
+    )
+
+
 def reachable(endpoint: str) -> bool:
     """Whether a socket bound to `endpoint` can be connected to from other machines."""
-    if not endpoint.startswith("tcp://"):
+    if endpoint.startswith(("ipc://", "inproc://")) or "://" not in endpoint:
         return False
+    if not endpoint.startswith("tcp://"):  # ZeroMQ knows more of them, such as tipc://
+        return True
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host == "localhost":
         return False

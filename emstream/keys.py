@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ def read_pair(path: Path) -> KeyPair:
         raise KeyFileError(
             f"{path} has no secret key: give the {SECRET} file that emstream keygen wrote beside it"
         )
+    if zmq.curve_public(secret) != public:
+        raise KeyFileError(
+            f"the two keys in {path} do not belong together, so nobody could connect; emstream keygen makes a pair"
+        )
     if path.stat().st_mode & 0o077 and os.name == "posix":
         log.warning("%s can be read by others: chmod 600 %s", path, path)
     return KeyPair(public, secret)
@@ -93,7 +98,7 @@ def _read(path: Path) -> tuple[bytes, bytes | None]:
         raise KeyFileError(
             f"cannot read {path}: {error.strerror or 'no such file'}; emstream keygen makes keys"
         ) from None
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, UnicodeDecodeError, struct.error) as error:
         raise KeyFileError(f"{path} is no key file ({error}); emstream keygen makes them") from None
     return public, secret
 
@@ -105,6 +110,7 @@ class Admitted:
         self._folder = folder
         self._own = own
         self._keys: frozenset[bytes] = frozenset()
+        self._said: set[str] = set()
         self._looked_s = -1e9
         self._lock = threading.Lock()
         if not folder.is_dir():
@@ -122,14 +128,24 @@ class Admitted:
             return key == self._own or key in self._keys
 
     def _look(self) -> frozenset[bytes]:
+        self._looked_s = time.monotonic()
         keys = set()
-        for path in sorted(self._folder.glob(f"*{PUBLIC}")):
-            try:
-                keys.add(read_public(path))
-            except KeyFileError as error:
-                log.warning("%s", error)
-        self._keys, self._looked_s = frozenset(keys), time.monotonic()
+        try:
+            for path in sorted(self._folder.glob(f"*{PUBLIC}")):
+                try:
+                    keys.add(read_public(path))
+                except KeyFileError as error:
+                    self._say(str(error))
+            self._keys = frozenset(keys)
+        except OSError as error:  # a network drive that is away: those known stay admitted
+            self._say(f"cannot read {self._folder}: {error.strerror}")
         return self._keys
+
+    def _say(self, problem: str) -> None:
+        """Once: one looks again with every connection that is tried."""
+        if problem not in self._said:
+            self._said.add(problem)
+            log.warning("%s", problem)
 
 
 class Doorkeeper:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -98,14 +101,48 @@ class _Collector(Collector):
         yield InfoMetricFamily("emstream_build", "Version.", {"version": VERSION})
 
 
+class _Page:
+    """The text of ``/metrics``, made once for all who wait for it: making it keeps the frames from the interpreter."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Collector(watched))
+        self._lock = threading.Lock()
+        self._text, self._begun_ns = b"", 0
+
+    def newest(self) -> bytes:
+        asked_ns = time.monotonic_ns()
+        with self._lock:
+            if self._begun_ns < asked_ns:
+                self._begun_ns = time.monotonic_ns()
+                self._text = generate_latest(self._registry)
+            return self._text
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One who asked and went away is no event; anything else is one line of the log and its traceback."""
+        if isinstance(sys.exception(), OSError):
+            log.debug("%s went away: %s", client_address[0], sys.exception())
+        else:
+            log.exception("metrics")
+
+
 class MetricsServer:
     """Answers on HOST:PORT until closed."""
 
     def __init__(self, address: str, watched: Watched) -> None:
         """Bind `address`, "HOST:PORT"; port 0 picks a free one. Raises OutputError when that cannot be had."""
         host, port = host_and_port(address)
-        registry = CollectorRegistry()
-        registry.register(_Collector(watched))
+        page = _Page(watched)
 
         class Handler(BaseHTTPRequestHandler):
             timeout = _IDLE_S
@@ -116,7 +153,7 @@ class MetricsServer:
                 stalled = {stage: round(seconds, 1) for stage, seconds in watched.stalled().items()}
                 path = self.path.partition("?")[0]
                 if path == "/metrics":
-                    self._send(HTTPStatus.OK, generate_latest(registry), CONTENT_TYPE_LATEST)
+                    self._send(HTTPStatus.OK, page.newest(), CONTENT_TYPE_LATEST)
                 elif path in ("/healthz", "/readyz"):
                     # Ready is stricter: who looks for a picture wants the engine that was asked for, too.
                     well = not stalled and (path == "/healthz" or "fallback_for" not in watched.engine())
@@ -137,12 +174,11 @@ class MetricsServer:
                 log.debug(format, *arguments)
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _Server((host.strip("[]"), port), Handler)
         except OSError as error:
             raise OutputError(
                 f"cannot serve metrics on {address}: {error.strerror}; --metrics takes HOST:PORT"
             ) from None
-        self._server.daemon_threads = True
         self.url = f"http://{host}:{self._server.server_port}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True

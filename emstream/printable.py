@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from datetime import UTC, datetime
 from types import TracebackType
 
@@ -44,3 +45,16 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def log_to_stderr(level: int = logging.INFO, *, as_json: bool = False) -> None:
+    """Log this process' events, a line each, for people or as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    line = PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if as_json else line)
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def logs_json() -> bool:
+    """Whether this process logs JSON, so that those it starts may do so, too."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)

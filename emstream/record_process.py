@@ -17,7 +17,6 @@ import logging
 import multiprocessing
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from emstream.errors import EmstreamError, OutputError
-from emstream.printable import PrintableFormatter
+from emstream.printable import log_to_stderr, logs_json
 from emstream.publish import Publisher
 from emstream.record import FAILURES, Recorder, RecordSettings
 from emstream.recording import disk
@@ -200,7 +199,7 @@ class RecorderProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_recorder_main,
-            args=(self._settings, self._hello, left, theirs),
+            args=(self._settings, self._hello, left, theirs, logs_json()),
             name="recorder",
             daemon=True,
         )
@@ -463,14 +462,12 @@ def _sums(reports: list[dict[str, Any]], name: str) -> dict[str, int]:
 
 
 def _recorder_main(
-    settings: RecordSettings, hello: bytes, left: _Unfinished | None, pipe: Connection
+    settings: RecordSettings, hello: bytes, left: _Unfinished | None, pipe: Connection, as_json: bool
 ) -> None:
     # The service says itself when it has finished.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
+    log_to_stderr(as_json=as_json)
     try:
         said: Any = _Done(_Sessions(settings, left, pipe).run(hello))
     except EmstreamError as error:

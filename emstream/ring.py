@@ -145,6 +145,8 @@ class Ring:
         if max_wait_ns < 0:
             raise ValueError(f"max_wait must not be negative, got {max_wait_ns / 1e6} ms")
         self.max_batch = max_batch
+        self.newest: tuple[tuple[int, int], np.dtype[Any]] | None = None
+        """Size (H, W) and type of the frames that come; None before the first."""
         self._max_wait_ns = max_wait_ns
         self._max_waiting = slots + _MAX_MARKS
         self._allocate = allocate
@@ -287,6 +289,7 @@ class Ring:
         with self._changed:
             slot.state = State.FILLING
             self._filling, self._writing = slot, True
+            self.newest = shape, dtype
 
     # -- both, lock held --------------------------------------------------------
 

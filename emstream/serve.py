@@ -19,7 +19,7 @@ import numpy as np
 from emstream import outputs
 from emstream.control import Answer, Control
 from emstream.corrections import Corrections, Region, check_calibration
-from emstream.endpoint import Door, reachable
+from emstream.endpoint import Door, only_with_keys, reachable
 from emstream.errors import (
     EmstreamError,
     EngineError,
@@ -32,12 +32,12 @@ from emstream.errors import (
     Stalled,
 )
 from emstream.frame import PIXEL_TYPES
-from emstream.inference import load_engine
+from emstream.inference import check_choice, check_is_there, load_engine
 from emstream.inference.engine import Engine
-from emstream.inference.remote import is_remote
+from emstream.inference.remote import RemoteModel, is_remote
 from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
-from emstream.keys import Doorkeeper, Peer, read_pair
+from emstream.keys import Admitted, Doorkeeper, Peer, read_pair, read_public
 from emstream.ledger import Ledger
 from emstream.memory import blocks_that_go_back, keep_freed_blocks
 from emstream.metrics import MetricsServer, Watched, host_and_port
@@ -48,7 +48,7 @@ from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.quality import self_test
 from emstream.ring import Ring
 from emstream.signals import end_on_signals, stop_on_signals
-from emstream.sources import open_source
+from emstream.sources import check_scheme, open_source
 from emstream.watchdog import Watchdog
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES, MOST_HEADER_BYTES
 
@@ -142,6 +142,11 @@ class Settings:
         check_calibration(self.gain, self.offset)
         if self.roi is not None:
             Region.of(self.roi)
+        check_choice(self.device, self.precision, self.threads)
+        for name, least in (("max_batch", 1), ("slots", 2), ("queue", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.binning < 1:
             raise ValueError(f"binning must be at least 1 pixel, got {self.binning}")
         if self.max_frame_bytes < 1:
@@ -160,6 +165,11 @@ class Settings:
                 raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
         if self.metrics is not None:
             host_and_port(self.metrics)
+            if not self.insecure and reachable(f"tcp://{self.metrics}"):
+                raise ValueError(
+                    f"cannot serve metrics on {self.metrics}: other machines can reach it, and anybody there could "
+                    "look on; give an address of this machine alone such as 127.0.0.1:9095, or --insecure"
+                )
         if self.admit and not self.key:
             raise ValueError("--admit takes --key, the service's own secret key, too")
         if self.key and not self.admit and not self.camera_key:
@@ -220,6 +230,31 @@ def _map_from(path: Path | None) -> np.ndarray | None:
     return frame
 
 
+def look_over(settings: Settings) -> None:
+    """Raise what `build` would about files and addresses; opens no socket and loads no engine.
+
+    Raises EmstreamError or ValueError.
+    """
+    check_scheme(settings.input)
+    for engine in (settings.engine, settings.fallback):
+        if is_remote(engine):
+            RemoteModel.of(str(engine))
+        elif engine is not None and str(engine) != "identity":
+            check_is_there(Path(engine))
+    if settings.key is not None:
+        read_pair(settings.key)
+    if settings.admit is not None:
+        Admitted(settings.admit, b"")
+    if settings.camera_key is not None:
+        read_public(settings.camera_key)
+    settings.corrections()
+    native, others = outputs.orders(settings.output)
+    bound = [native.endpoint if native else _PRIVATE_OUTPUT, *(order.endpoint for order in others)]
+    for endpoint in (*bound, *([] if settings.control is None else [settings.control])):
+        if settings.admit is None and Door(insecure=settings.insecure).stands_open(endpoint):
+            raise OutputError(only_with_keys(endpoint))
+
+
 @dataclass(frozen=True)
 class Service:
     """A pipeline ready to run, and the parts one may want to look at."""
@@ -241,16 +276,23 @@ class Service:
     def swap(self, path: str | Path) -> dict[str, Any]:
         """Load, prepare and test another engine beside the running one, and let it have the next batch.
 
-        Returns what the test measured. Raises EngineError or ValueError, and nothing has changed then.
+        It must take the frames that come. Returns what the test measured. Raises EngineError or ValueError,
+        and nothing has changed then.
         """
         load = partial(_load_prepared, replace(self.settings, engine=path), self.corrections)
-        engine = load()
         try:
-            _check_max_batch(engine, self.ring.max_batch)
-            with blocks_that_go_back():
-                tested = self_test(engine)
-        except BaseException:
-            engine.close()
+            engine = load()
+            try:
+                _check_max_batch(engine, self.ring.max_batch)
+                if self.ring.newest is not None:
+                    engine.prepare(*self.ring.newest)
+                with blocks_that_go_back():
+                    tested = self_test(engine)
+            except BaseException:
+                engine.close()
+                raise
+        except (EmstreamError, ValueError) as error:
+            log.warning("%s is not swapped in: %s", path, error)
             raise
         before = self.engine.swap(engine, load)
         log.info(
@@ -352,9 +394,10 @@ def _load_prepared(settings: Settings, corrections: Corrections) -> Engine:
         onnx = settings.engine is None or Path(settings.engine).suffix == ".onnx"
         if settings.device != "auto" or not onnx or is_remote(settings.engine):
             raise
-        log.warning("the CPU is used: %s", error)
         with blocks_that_go_back():
-            return load("cpu")
+            engine = load("cpu")
+        log.warning("the CPU is used: %s", error)
+        return engine
 
 
 def _check_max_batch(engine: Engine, max_batch: int) -> None:
@@ -465,11 +508,6 @@ def _metrics(service: Service) -> Iterator[None]:
         stalled=lambda: service.pipeline.stalled,
         free_gpu_bytes=lambda: service.engine.current.memory_free(),
     )
-    if not service.settings.insecure and reachable(f"tcp://{service.settings.metrics}"):
-        raise OutputError(
-            f"cannot serve metrics on {service.settings.metrics}: other machines can reach it, and anybody there could "
-            "look on; give an address of this machine alone such as 127.0.0.1:9095, or --insecure"
-        )
     server = MetricsServer(service.settings.metrics, watched)
     log.info("metrics: %s/metrics", server.url)
     server.start()

@@ -80,7 +80,10 @@ def status_once(endpoint: str, *, silent_s: float = SILENT_S, peer: Peer | None 
     heard, deadline_s = statuses(endpoint, silent_s=silent_s, peer=peer), time.monotonic() + silent_s
     status = next(heard)
     if status["state"] == "silent":
-        raise SourceError(f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running?")
+        raise SourceError(
+            f"nothing heard from {endpoint} within {silent_s:g} s; is emstream serve running, and are --key and "
+            "--service-key given if it takes keys?"
+        )
     while True:
         status = next(heard)
         if status["state"] == "silent":

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from emstream.cli import app
+from emstream.keys import make
 from emstream.printable import JsonFormatter
 
 
@@ -36,10 +37,10 @@ def checked(*arguments: Any, **environment: str) -> dict[str, Any]:
 
 
 def test_each_value_says_where_it_comes_from(file: Path) -> None:
-    found = checked("--config", file, EMSTREAM_SERVE_MAX_BATCH="7", EMSTREAM_SERVE_ENGINE="x.onnx")
+    found = checked("--config", file, EMSTREAM_SERVE_MAX_BATCH="7", EMSTREAM_SERVE_ENGINE="identity")
     assert found["input"] == {"value": "tcp://camera:5555", "from": str(file)}
     assert found["max_batch"] == {"value": 7, "from": "environment: EMSTREAM_SERVE_MAX_BATCH"}
-    assert found["engine"] == {"value": "x.onnx", "from": "environment: EMSTREAM_SERVE_ENGINE"}
+    assert found["engine"] == {"value": "identity", "from": "environment: EMSTREAM_SERVE_ENGINE"}
     assert found["max_wait_ms"] == {"value": 3.0, "from": str(file)}
     assert found["overrun"] == {"value": "block", "from": str(file)}
     assert found["view"] == {"value": True, "from": str(file)}
@@ -78,8 +79,10 @@ def test_people_get_a_table(file: Path) -> None:
     ("text", "error"),
     [
         ("[serve]\nmax_bacth = 4\n", r"[serve] has no option 'max_bacth'; did you mean max_batch?"),
-        ("[server]\n", r"[server] is no command; did you mean serve?"),
-        ("serve = 4\n", r"[serve] is no command"),
+        ("[server]\n", r"[server] is no command with options; did you mean serve?"),
+        ("serve = 4\n", r"serve = 4 is in no table; options go below the [command] they belong to"),
+        ("[engine]\ntimeout_s = 3\n", r"[engine] is no command with options"),
+        ("[serve]\nmax-batch = 2\nmax_batch = 3\n", r"[serve] has max_batch twice, with - and with _"),
         ('[serve]\nmax_batch = "many"\n', r"[serve] max_batch = 'many': "),
         ("[serve]\nmax_batch = [1]\n", r"[serve] max_batch = [1]: one value"),
         ("[serve]\nmax_batch = true\n", r"[serve] max_batch = True: one value"),
@@ -108,6 +111,60 @@ def test_values_that_make_no_sense_are_found_by_the_check(file: Path) -> None:
     done = run("--config", file, "config", "check", EMSTREAM_SERVE_FRAMES="-1")
     assert done.exit_code == 2
     assert "frames must be at least 1, got -1" in done.output
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("max_batch = 0", "max_batch must be at least 1, got 0"),
+        ("slots = 1", "slots must be at least 2, got 1"),
+        ("queue = 0", "queue must be at least 1, got 0"),
+        ("threads = 0", "threads must be at least 1, got 0"),
+        ('precision = "f16"', "precision must be one of bf16, f32, got 'f16'"),
+        ('device = "gpu"', "device must be auto, cpu or GPU numbers"),
+        ("look_back = 10", "--look-back and --split are for recordings; give --record, too"),
+        ('record = "x.h5"\nsplit = "10 bananas"', "split"),
+        ('metrics = "0.0.0.0:9095"', "cannot serve metrics on 0.0.0.0:9095: other machines can reach it"),
+        ('output = "tcp://*:5556"', "cannot publish on tcp://*:5556: other machines can reach it"),
+        ('control = "tcp://*:5557"', "cannot publish on tcp://*:5557: other machines can reach it"),
+        ('engine = "/nowhere.onnx"', "no engine at /nowhere.onnx"),
+        ('fallback = "/nowhere.onnx"', "no engine at /nowhere.onnx"),
+        ('mask = "/nowhere.tif"', "/nowhere.tif"),
+        ('key = "/nowhere"\nadmit = "/"', "cannot read /nowhere"),
+    ],
+)
+def test_what_serve_would_refuse_is_found_by_the_check(tmp_path: Path, line: str, error: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f'[serve]\ninput = "sim://"\n{line}\n')
+    done = run("--config", path, "config", "check")
+    assert done.exit_code in (1, 2)
+    assert error in done.output
+
+
+def test_input_that_no_source_takes_is_found_by_the_check() -> None:
+    done = run("config", "check", EMSTREAM_SERVE_INPUT="foo://x")
+    assert done.exit_code == 2
+    assert "scheme must be one of tcp, " in done.output
+
+
+def test_keys_and_who_may_connect_are_looked_at_by_the_check(tmp_path: Path) -> None:
+    keys = tmp_path / "displays"
+    _, secret = make("service", tmp_path)
+    environment = {"EMSTREAM_SERVE_KEY": str(secret), "EMSTREAM_SERVE_ADMIT": str(keys)}
+    done = run("config", "check", EMSTREAM_SERVE_INPUT="sim://", **environment)
+    assert done.exit_code == 1
+    assert f"there is no folder {keys}" in done.output
+    keys.mkdir()
+    done = run(
+        "config", "check", EMSTREAM_SERVE_INPUT="sim://", EMSTREAM_SERVE_OUTPUT="tcp://*:5556", **environment
+    )
+    assert done.exit_code == 0, done.output
+
+
+def test_file_given_in_the_place_of_a_command_is_explained(file: Path) -> None:
+    done = run("config", "check", file)
+    assert done.exit_code == 2
+    assert f"a file goes before: --config {file} config check" in done.output.replace("\n", "")
 
 
 def test_log_lines_are_json_on_request() -> None:

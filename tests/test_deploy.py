@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from emstream.cli import app
 from emstream.ledger import Ledger
@@ -35,6 +36,8 @@ def test_dashboard_asks_for_metrics_that_there_are() -> None:
         names = re.findall(r"emstream_\w+", expression)
         assert names
         assert set(names) <= there, expression
+    # A range shorter than two scrapes has no rate, and how often Prometheus scrapes only Grafana knows.
+    assert {"$__rate_interval"} == set(re.findall(r"\[(.*?)\]", " ".join(asked)))
     stages = set(re.findall(r'stage="(\w+)"', text))
     assert set(re.findall(r'stage="(\w+)"', " ".join(asked))) <= stages
     outcomes = set(re.findall(r'outcome="(\w+)"', text))
@@ -49,6 +52,15 @@ def test_commands_are_ours(name: str) -> None:
     assert "serve" in commands
     options = {option for each in get_command(app).params for option in each.opts}
     assert "--config" in options
+
+
+def test_check_that_the_unit_names_runs_as_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "emstream.toml"
+    file.write_text('[serve]\ninput = "sim://"\n')
+    named = re.search(r"emstream (--config \S+ config check)", (DEPLOY / "emstream.service").read_text())
+    assert named
+    done = CliRunner().invoke(app, named[1].replace("/etc/emstream.toml", str(file)).split())
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

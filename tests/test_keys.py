@@ -117,7 +117,13 @@ def test_name_must_be_one(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "curve\n", 'curve\n    public-key = "short"\n', 'curve\n    public-key = "' + " " * 40 + '"\n'],
+    [
+        "",
+        "curve\n",
+        'curve\n    public-key = "short"\n',
+        'curve\n    public-key = "' + " " * 40 + '"\n',
+        'curve\n    public-key = "' + "#" * 40 + '"\n',  # each five are more than 32 bits
+    ],
 )
 def test_file_that_holds_no_key_is_explained(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.key"
@@ -143,3 +149,46 @@ def test_loose_permissions_and_bad_files_among_the_admitted_are_said(folder: Pat
     admitted = keys.Admitted(folder / "admitted", b"")
     assert "bad.key is no key file" in caplog.text
     assert admitted.callback("", keys.read_public(folder / "admitted/friend.key"))
+
+
+def test_bad_file_put_among_the_admitted_locks_nobody_out(
+    folder: Path, context: Any, door: Any, caplog: Any
+) -> None:
+    service = keys.read_public(folder / "service.key")
+    for name in ("bad", "worse"):
+        (folder / f"admitted/{name}.key").write_text('curve\n    public-key = "' + "#" * 40 + '"\n')
+    for _ in range(2):
+        time.sleep(1.1)
+        assert hears(context, door, pair(folder, "friend"), service)
+    assert caplog.text.count("bad.key is no key file") == 1  # and not once for every connection
+
+
+def test_folder_that_cannot_be_read_for_a_while_locks_nobody_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    admitted = keys.Admitted(folder / "admitted", b"")
+    friend = keys.read_public(folder / "admitted/friend.key")
+
+    def away(path: Path, pattern: str) -> Any:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "glob", away)
+    monkeypatch.setattr(keys, "_LOOK_AGAIN_S", 0.0)
+    assert admitted.callback("", friend)
+    assert not admitted.callback("", keys.read_public(folder / "stranger.key"))
+    assert "Stale file handle" in caplog.text
+
+
+def test_keys_that_do_not_belong_together_are_refused(folder: Path) -> None:
+    path = folder / "service.key_secret"
+    other = pair(folder, "stranger").public.decode()
+    path.write_text(path.read_text().replace(pair(folder, "service").public.decode(), other))
+    with pytest.raises(KeyFileError, match=r"the two keys in .*service\.key_secret do not belong together"):
+        keys.read_pair(path)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\n\n"])
+def test_key_files_edited_elsewhere_are_read(folder: Path, end: str) -> None:
+    path, before = folder / "service.key_secret", pair(folder, "service")
+    path.write_bytes(path.read_text().replace("\n", end).encode())
+    assert pair(folder, "service") == before

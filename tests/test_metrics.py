@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
+import threading
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -121,3 +125,46 @@ def test_address_that_cannot_be_had_is_explained(served: Served) -> None:
         MetricsServer("9095", watched)
     with pytest.raises(OutputError, match=r"cannot serve metrics on .*in use; --metrics takes HOST:PORT"):
         MetricsServer(served.server.url.removeprefix("http://"), watched)
+
+
+def test_hundred_at_once_cost_one_look(served: Served) -> None:
+    looks = []
+    snapshot = served.ledger.snapshot
+    served.ledger.snapshot = lambda: looks.append(1) or time.sleep(0.01) or snapshot()  # type: ignore[method-assign,func-returns-value]
+    answers: list[int] = []
+    asking = [
+        threading.Thread(target=lambda: answers.append(served.get("/metrics")[0]), daemon=True)
+        for _ in range(100)
+    ]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join(20)
+    assert answers == [200] * 100
+    assert len(looks) < 50
+
+
+def test_who_asks_and_goes_away_is_no_traceback(served: Served, capfd: Any, caplog: Any) -> None:
+    host, port = served.server.url.removeprefix("http://").split(":")
+    caplog.set_level("DEBUG")
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as rude:
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            rude.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    end = time.monotonic() + 10
+    while "went away" not in caplog.text and time.monotonic() < end:
+        assert served.get("/healthz")[0] == 200
+    assert "went away" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_address_of_ipv6_is_served() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    server = MetricsServer("[::1]:0", Watched(Ledger(), lambda: 0, dict, dict, lambda: None))
+    server.start()
+    with urllib.request.urlopen(server.url + "/healthz", timeout=10) as answer:
+        assert answer.status == 200
+    server.close()

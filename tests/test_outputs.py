@@ -504,3 +504,24 @@ def test_frames_kept_for_a_client_that_lags_are_bounded_in_bytes(context: Any, t
     sender.send([bytes(100_000)])
     assert len(sender._frames) == 1  # the newest one is kept, whatever its size
     output.close(0.0)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "from_elsewhere"),
+    [
+        ("ipc:///run/x", False),
+        ("inproc://x", False),
+        ("nonsense", False),  # nobody can, and binding it says why
+        ("tcp://localhost:5", False),
+        ("tcp://127.0.0.2:5", False),
+        ("tcp://[::1]:5", False),
+        ("tcp://*:5", True),
+        ("tcp://0.0.0.0:5", True),
+        ("tcp://[::]:5", True),
+        ("tcp://eth0:5", True),
+        ("tipc://{5560,0,0}", True),
+        ("ws://*:80", True),
+    ],
+)
+def test_what_other_machines_can_reach_is_known(endpoint: str, from_elsewhere: bool) -> None:
+    assert reachable(endpoint) == from_elsewhere

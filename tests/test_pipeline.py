@@ -6,14 +6,14 @@ import contextlib
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import zmq
 
 from emstream import wire
-from emstream.errors import CudaError, EmstreamError, EngineError, EngineInvalid, Stalled
+from emstream.errors import BatchRefused, CudaError, EmstreamError, EngineError, EngineInvalid, Stalled
 from emstream.inference import IdentityEngine, load_engine
 from emstream.intake import Overrun
 from emstream.serve import Settings, build
@@ -235,8 +235,40 @@ def test_swap_under_load_loses_no_frame_and_keeps_the_order(rig: Any) -> None:
     assert [head["frame"] for head, _ in run.published()] == list(range(3000))
 
 
+def test_engine_for_frames_that_do_not_come_is_not_swapped_in(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    class Wide(IdentityEngine):
+        name = "wide"
+        made_for = ((64, 64), np.dtype(np.uint16))
+        prepared: ClassVar[list[Any]] = []
+        closed = False
+
+        def prepare(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+            self.prepared.append((shape, dtype))
+            if dtype != self.made_for[1]:
+                raise BatchRefused(f"wide is for uint16, the frames are {dtype}")
+
+        def close(self) -> None:
+            self.closed = True
+
+    wide = Wide()
+    monkeypatch.setattr("emstream.serve.load_engine", lambda *a, **k: wide)
+    run = rig({"device": "cpu"})
+    run.start()
+    before = run.service.engine.current
+    run.camera.send_multipart(message(0, pixels(0)))
+    run.wait(lambda ledger: ledger["published"] == 1)
+    with pytest.raises(BatchRefused, match="wide is for uint16, the frames are uint8"):
+        run.service.swap("wide.plan")
+    assert run.service.engine.current is before
+    assert wide.closed
+    assert wide.prepared[-1] == (pixels(0).shape, np.dtype(np.uint8))
+    assert "wide.plan is not swapped in: wide is for uint16" in caplog.text
+
+
 def test_engine_that_fails_its_self_test_is_not_swapped_in(
-    rig: Any, engine_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Any, engine_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     class Forgetful(IdentityEngine):
         name = "forgetful"
@@ -255,6 +287,7 @@ def test_engine_that_fails_its_self_test_is_not_swapped_in(
             run.service.swap("forgetful.onnx")
     with pytest.raises(EngineError, match=r"no engine at nowhere\.onnx"):
         run.service.swap("nowhere.onnx")
+    assert "the CPU is used" not in caplog.text
     assert run.service.engine.current is before
     run.camera.send_multipart(message(0, pixels(0)))
     run.wait(lambda ledger: ledger["published"] == 1)
@@ -355,7 +388,14 @@ def test_frame_for_which_the_engine_has_no_memory_is_rejected(rig: Any) -> None:
     assert run.service.ledger.reasons() == {"no memory for a frame of 2000x2000 uint8": 1}
 
 
-@pytest.mark.parametrize("change", [{"output": "tcp://127.0.0.1:99999"}, {"slots": 1}, {"input": "ftp://x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": "tcp://127.0.0.1:99999"},
+        {"expect": "64x64:uint8", "roi": "65x64+0+0"},
+        {"input": "ftp://x"},
+    ],
+)
 def test_service_that_cannot_be_put_together_closes_its_engine(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:

@@ -16,6 +16,7 @@ from emstream.inference.tiling import TiledEngine
 __all__ = ["Engine", "EngineCard", "IdentityEngine", "default_engine", "load_engine"]
 
 log = logging.getLogger(__name__)
+PRECISIONS = ("bf16", "f32")
 _SUFFIXES = (
     ".onnx (any CPU, or a GPU), .plan (TensorRT), .pt2 (PyTorch), grpc://HOST:8001/MODEL or the word identity"
 )
@@ -47,10 +48,8 @@ def load_engine(
     cores) are for the CPU, and choose it. Raises EngineNotFound, EngineInvalid or
     EngineUnavailable.
     """
-    gpus = _gpus(device)
+    gpus = check_choice(device, precision, threads)
     for_cpu = precision is not None or threads is not None
-    if for_cpu and gpus:
-        raise ValueError(f"precision and threads are for the CPU, and device is {device!r}")
     if str(path) == "identity":
         return IdentityEngine()
     if is_remote(path):
@@ -81,6 +80,18 @@ def load_engine(
     from emstream.inference.openvino import OpenVINOEngine
 
     return TiledEngine(OpenVINOEngine(path, precision=precision, threads=threads))
+
+
+def check_choice(device: str, precision: str | None, threads: int | None) -> list[int]:
+    """The GPU numbers in `device`. Raises ValueError for values that make no sense, or not with each other."""
+    gpus = _gpus(device)
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if gpus and (precision is not None or threads is not None):
+        raise ValueError(f"precision and threads are for the CPU, and device is {device!r}")
+    return gpus
 
 
 def check_is_there(path: Path) -> None:

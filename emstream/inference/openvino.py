@@ -13,10 +13,10 @@ import numpy as np
 import openvino as ov
 
 from emstream.errors import EngineInvalid
+from emstream.inference import check_choice
 from emstream.inference.card import EngineCard
 from emstream.inference.engine import Engine, sha256_of
 
-PRECISIONS = ("bf16", "f32")
 _KEPT_SHAPES = 4  # compiled models held at a time; a camera rarely uses more frame sizes than this
 
 
@@ -53,10 +53,7 @@ class OpenVINOEngine(Engine):
         self._core = core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         precision = precision or ("bf16" if "BF16" in capabilities else "f32")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        check_choice("cpu", precision, threads)
         try:
             self._model = self._core.read_model(path)
         except RuntimeError as error:

@@ -51,19 +51,27 @@ def open_source(
 
     Raises ValueError for a URL that makes no sense, SourceError for one that cannot be opened.
     """
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:  # brackets that hold no address of IPv6
-        raise ValueError(f"--input {url!r}: {error}") from None
-    if parts.scheme in SCHEMES:
-        make = importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}").from_url
-    else:
-        make = _installed(url, parts.scheme)
+    parts, make = _scheme_of(url)
     if peer and SCHEMES.get(parts.scheme) != "zmq":
         raise ValueError(f"--camera-key is for tcp:// and pull+tcp:// inputs, got --input {url!r}")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     source: Source = make(Url(url, parts, options, max_frame_bytes, peer, door, max_header_bytes))
     return source
+
+
+def check_scheme(url: str) -> None:
+    """Raise ValueError when there is no source for `url`; what follows its ``//`` is not looked at."""
+    _scheme_of(url)
+
+
+def _scheme_of(url: str) -> tuple[SplitResult, Callable[[Url], Source]]:
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # brackets that hold no address of IPv6
+        raise ValueError(f"--input {url!r}: {error}") from None
+    if parts.scheme in SCHEMES:
+        return parts, importlib.import_module(f"emstream.sources.{SCHEMES[parts.scheme]}").from_url
+    return parts, _installed(url, parts.scheme)
 
 
 def _installed(url: str, scheme: str) -> Callable[[Url], Source]:

@@ -408,3 +408,15 @@ def test_signal_while_recorder_and_page_start_ends_them_too(tmp_path: Path, numb
     assert "live page:" not in err
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+def test_every_line_is_json_where_that_was_asked_for(tmp_path: Path) -> None:
+    done = emstream("--log-json", "serve", "--input", "sim://?rate=50&height=64&width=64&frames=20",
+                    "--engine", "identity", "--output", f"ipc://{tmp_path}/out", "--record", tmp_path)  # fmt: skip
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {"emstream.serve", "emstream.record"} <= {line["logger"] for line in lines}
+    refused = emstream("--log-json", "serve", "--input", "foo://x")
+    assert refused.returncode == 2
+    (line,) = map(json.loads, refused.stderr.splitlines())
+    assert line["level"] == "ERROR"
+    assert "scheme must be one of" in line["message"]
