@@ -18,6 +18,7 @@ from emstream.errors import OutputError, SourceError
 from emstream.frame import now_ns
 from emstream.intake import Overrun
 from emstream.ledger import Ledger
+from emstream.observe import Observer
 from emstream.publish import Publisher
 from emstream.ring import Maker, Ring, Slot
 from tests.conftest import exact, header, message
@@ -199,18 +200,19 @@ def test_socket_that_breaks_is_opened_again_where_it_was_and_the_ledger_stays_ex
 
 
 def test_frame_that_cannot_be_sent_is_failed_and_leaves_no_half_message(
-    rig: Any, caplog: pytest.LogCaptureFixture
+    rig: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = rig({"overrun": Overrun.block})
-    observed = run.service.publisher
+    trust: dict[str, object] | None = None
+    monkeypatch.setattr(Observer, "report_on", lambda self, slot: trust)
     run.start()
     for n in range(3):
         run.camera.send_multipart(message(n, np.full((32, 48), n, np.uint8)))
     run.wait(lambda ledger: ledger["published"] == 3)
-    observed.trust = {"what": object()}  # which no header can carry
+    trust = {"what": object()}  # which no header can carry
     run.camera.send_multipart(message(3, np.full((32, 48), 3, np.uint8)))
     run.wait(lambda ledger: ledger["failed"] == 1)
-    observed.trust = None
+    trust = None
     for n in range(4, 6):
         run.camera.send_multipart(message(n, np.full((32, 48), n, np.uint8)))
     ledger = run.wait(lambda ledger: ledger["published"] == 5)

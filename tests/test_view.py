@@ -705,7 +705,7 @@ def patiently_connected(port: int, token: str) -> ClientConnection:
     while True:
         try:
             return connect(url, origin=origin)
-        except (OSError, EOFError, InvalidMessage):
+        except (OSError, EOFError, InvalidMessage, ConnectionClosed):
             assert time.monotonic() < until_s
 
 
