@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from emstream.errors import EmstreamError, OutputError, SourceError, Stalled
+from emstream.errors import ConfigError, EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
 from emstream.printable import log_to_stderr, logs_json, printable, printable_lines
 from emstream.signals import begin_on_signal, end_on_signals, stop_on_signals
@@ -120,9 +120,11 @@ def _setup(
 
         typer.echo(emstream.__version__)
         raise typer.Exit
-    if config is not None:
-        from emstream.config import read
+    from emstream.config import misspelt, read
 
+    for problem in misspelt(os.environ, context.command):
+        logging.getLogger(__name__).warning("%s", problem)
+    if config is not None:
         context.default_map = dict(read(config, context.command.commands))  # type: ignore[attr-defined]
 
 
@@ -140,10 +142,12 @@ def check(
 
     Example: **emstream --config /etc/emstream.toml config check**
     """
-    from emstream.config import in_force
+    from emstream.config import in_force, misspelt
     from emstream.serve import look_over
 
     root = context.find_root()
+    if problems := misspelt(os.environ, root.command):
+        raise ConfigError("; ".join(problems))
     commands = root.command.commands  # type: ignore[attr-defined]
     commands = {name: each for name, each in commands.items() if not hasattr(each, "commands")}
     if command not in commands:

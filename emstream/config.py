@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from typing import Any
 import typer
 
 from emstream.errors import ConfigError
+
+PREFIX = "EMSTREAM"
+"""Of environment variables."""
 
 
 def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -58,6 +61,24 @@ def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return checked
 
 
+def misspelt(environment: Mapping[str, str], root: Any) -> list[str]:
+    """What is wrong with the EMSTREAM_... variables: a sentence for each that no option of any command takes."""
+    known = dict.fromkeys(_variables(root, PREFIX))
+    return [
+        f"{name} belongs to no option{_near(name, known, cutoff=0.85)}"
+        for name in sorted(environment)
+        if name.startswith(f"{PREFIX}_") and name not in known
+    ]
+
+
+def _variables(command: Any, prefix: str) -> Iterator[str]:
+    for option in command.params:
+        if option.param_type_name == "option":
+            yield option.envvar or f"{prefix}_{option.name.upper()}"
+    for name, each in getattr(command, "commands", {}).items():
+        yield from _variables(each, f"{prefix}_{name.upper().replace('-', '_')}")
+
+
 def _value(path: Path, name: str, command: Any, option: Any, value: Any) -> Any:
     """`value` if it suits the option; numbers that are texts and the like are no harm, other types are."""
     where = f"{path}: [{name}] {option.name} = {value!r}"
@@ -76,9 +97,11 @@ def _value(path: Path, name: str, command: Any, option: Any, value: Any) -> Any:
     return value
 
 
-def _near(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
+def _near(name: str, known: Mapping[str, Any], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=cutoff)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are {', '.join(sorted(known))}" if len(known) < 100 else ""
 
 
 @dataclass(frozen=True)

@@ -201,3 +201,20 @@ def test_limits_that_make_no_sense_are_refused(file: Path, line: str, text: str)
     done = run("--config", file, "config", "check")
     assert done.exit_code == 2
     assert text in done.output
+
+
+def test_variable_that_is_misspelt_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    done = run("config", "check", EMSTREAM_SERVE_INPUT="sim://", EMSTREAM_SERVE_ENGIN="identity")
+    assert done.exit_code == 1
+    assert "EMSTREAM_SERVE_ENGIN belongs to no option; did you mean EMSTREAM_SERVE_ENGINE?" in done.stderr
+    done = run(
+        "info",
+        "identity",
+        EMSTREAM_OTHERS_THING="1",
+        EMSTREAM_VIEW_TOKEN="t",
+        EMSTREAM_ENGINE_SWAP_TIMEOUT_S="3",
+    )
+    assert done.exit_code == 0
+    assert "EMSTREAM_OTHERS_THING belongs to no option" in caplog.text + done.stderr
+    assert "VIEW_TOKEN" not in caplog.text + done.stderr
+    assert "TIMEOUT_S" not in caplog.text + done.stderr
