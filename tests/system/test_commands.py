@@ -365,6 +365,7 @@ LOADING = [  # what is in the memory of a service that starts, one after the oth
 ]
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.skipif(sys.platform != "linux", reason="what is loaded is read from /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("loaded", LOADING)
@@ -380,13 +381,17 @@ def test_signal_ends_a_service_that_still_starts_at_once_and_without_a_word_too_
         assert service.poll() is None
     service.send_signal(number)
     begin_s = time.monotonic()
-    _, err = service.communicate(timeout=30)
+    try:
+        _, err = service.communicate(timeout=30)
+    finally:
+        service.kill()
     assert time.monotonic() - begin_s < 5
     # 0: it had just started and ended as usual. Between its libraries and its engine, Python says that it is aborted.
     assert service.returncode in (-number, 128 + number, 0) or "Aborted" in err
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_recorder_and_page_start_ends_them_too(tmp_path: Path, number: int) -> None:
     psutil = pytest.importorskip("psutil")
