@@ -17,7 +17,7 @@ import zmq
 
 from emstream import wire
 from emstream.endpoint import Door, bind, connect, reachable
-from emstream.errors import EmstreamError, MalformedFrame, SourceError
+from emstream.errors import EmstreamError, SourceError
 from emstream.keys import Peer
 
 log = logging.getLogger(__name__)
@@ -70,20 +70,25 @@ class Control:
             if len(parts) != 3 or parts[1]:  # what a REQ socket sends
                 log.debug("a control message of %d parts was ignored", len(parts))
                 continue
-            self._socket.send_multipart([parts[0], b"", wire.pack(self._answer(parts[2]))])
+            self._socket.send_multipart([parts[0], b"", self._answer(parts[2])])
 
-    def _answer(self, packed: bytes) -> dict[str, Any]:
+    def _answer(self, packed: bytes) -> bytes:
         try:
             question = wire.unpack(packed, LARGEST_QUESTION)
             answer = self._answers.get(str(question.get("do")))
             if answer is None:
                 raise ValueError(f"do must be one of {', '.join(self._answers)}, got {question.get('do')!r}")
-            return {"ok": True, **answer(question)}
-        except (EmstreamError, MalformedFrame, ValueError) as error:
-            return {"ok": False, "error": str(error)}
+            return wire.pack({"ok": True, **answer(question)})
+        except (EmstreamError, ValueError) as error:
+            return _refusal(str(error))
         except Exception as error:
             log.exception("control")
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            return _refusal(f"{type(error).__name__}: {error}")
+
+
+def _refusal(why: str) -> bytes:
+    # A file name that is no UTF-8 could not be packed.
+    return wire.pack({"ok": False, "error": why.encode(errors="replace").decode()})
 
 
 def ask(

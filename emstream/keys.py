@@ -156,9 +156,10 @@ class Doorkeeper:
     ) -> None:
         """`admit` is the folder of the public keys that may connect."""
         self.pair = pair
+        admitted = Admitted(admit, pair.public)
         self._authenticator = ThreadAuthenticator(context or zmq.Context.instance())
         self._authenticator.start()
-        self._authenticator.configure_curve_callback(_DOMAIN, Admitted(admit, pair.public))
+        self._authenticator.configure_curve_callback(_DOMAIN, admitted)
 
     def guard(self, socket: zmq.Socket[bytes]) -> None:
         """Only those admitted can connect to `socket`, which is bound next."""

@@ -164,7 +164,7 @@ class Publisher:
         deadline_s = time.monotonic() + timeout_s
         self._hear()
         while topic not in self._subscribed and time.monotonic() < deadline_s:
-            self._socket.poll(round(1000 * (deadline_s - time.monotonic())))
+            self._socket.poll(max(0, round(1000 * (deadline_s - time.monotonic()))))
             self._hear()
         return topic in self._subscribed
 
@@ -277,10 +277,10 @@ class Publisher:
             return
         try:
             self._bind(self.endpoint)
-        except OutputError as error:
+        except (OutputError, zmq.ZMQError) as error:
             self._open_again_s = time.monotonic() + _OPEN_AGAIN_S
             if self._problems.note(f"open again: {error}"):
-                log.error("%s", error)
+                log.error("the output cannot be opened again: %s", error)
         else:
             self._is_broken = False
             log.warning("%s is open again; subscribers come back by themselves", self.endpoint)

@@ -245,7 +245,6 @@ class RecorderProcess:
             if self._asked.is_set():
                 return False
             self._bury()
-            self._process.close()
             self._pipe.close()
             try:
                 self._start(_Unfinished(self._records, tuple(self._files), self._since, self._waits_because))

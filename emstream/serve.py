@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.quality import self_test
 from emstream.ring import Ring
+from emstream.seldom import Seldom
 from emstream.signals import end_on_signals, stop_on_signals
 from emstream.sources import check_scheme, open_source
 from emstream.watchdog import Watchdog
@@ -143,7 +144,7 @@ class Settings:
         if self.roi is not None:
             Region.of(self.roi)
         check_choice(self.device, self.precision, self.threads)
-        for name, least in (("max_batch", 1), ("slots", 2), ("queue", 1)):
+        for name, least in (("max_batch", 1), ("slots", 2), ("queue", 1), ("queue_bytes", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -157,9 +158,6 @@ class Settings:
             )
         if self.max_rate is not None and not 0 < self.max_rate < 1e6:
             raise ValueError(f"max_rate must lie in 0-1000000 frames/s, got {self.max_rate}")
-        for name in ("queue", "queue_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_wait_ms", "drain_s", "stall_limit_s"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
@@ -267,6 +265,7 @@ class Service:
     settings: Settings
     corrections: Corrections
     door: Door
+    _refused: Seldom = field(default_factory=Seldom, init=False, repr=False)
 
     @property
     def peer(self) -> Peer | None:
@@ -292,7 +291,8 @@ class Service:
                 engine.close()
                 raise
         except (EmstreamError, ValueError) as error:
-            log.warning("%s is not swapped in: %s", path, error)
+            if self._refused.note(type(error).__name__):  # whoever asked hears of each
+                log.warning("%.200s is not swapped in: %.500s", path, error)
             raise
         before = self.engine.swap(engine, load)
         log.info(

@@ -318,9 +318,12 @@ class RemoteEngine(Engine):
             self._believed_until_ns = 0
             raise ServerFailed(f"{self.where}{said}") from None
         try:
-            ticket.expected[:] = _pixels(response, self._output.name)
+            pixels = _pixels(response, self._output.name)
+            if pixels.shape != ticket.expected.shape:  # one frame would be spread over the whole batch
+                raise ValueError(f"they are {pixels.shape}, expected {ticket.expected.shape}")
         except (ValueError, KeyError) as error:
             raise ServerFailed(f"{self.where} answered with something else than pictures: {error}") from None
+        ticket.expected[:] = pixels
         return ticket.expected
 
     def describe(self) -> str:
@@ -362,7 +365,7 @@ def read_parameter(text: str, where: str, version: str = "") -> tuple[str, Engin
         entries = json.loads(text)
         sha256, of = entries.pop("sha256"), str(entries.pop("version", version))
         metadata = {key: json.dumps(value) for key, value in entries.items()}
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise EngineInvalid(
             f"{where}: its parameter {PARAMETER!r} is not what emstream export writes"
         ) from None

@@ -172,9 +172,10 @@ class SupervisedEngine:
         first = ticket.error
         self._again(ticket)
         if ticket.error is None:
-            log.warning(
-                "%s failed on a batch and did it at the second attempt: %s", ticket.engine.name, first
-            )
+            if self._mended.note(f"{type(first).__name__}: {first}"):
+                log.warning(
+                    "%s failed on a batch and did it at the second attempt: %s", ticket.engine.name, first
+                )
             self._failed_in_a_row = 0
             return
         self._failed_in_a_row += 1

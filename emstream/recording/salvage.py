@@ -51,7 +51,8 @@ def salvage(paths: Sequence[Path], since: Account | None) -> tuple[dict[str, Any
         except FileFormatError as error:
             if path.exists():
                 log.warning("%s", error)
-                report["files"].append(str(path))
+                if str(path) not in report["files"]:  # only the header of its first or last frame is damaged
+                    report["files"].append(str(path))
     if since and until:
         due = {
             "raw": until.published + until.raw_since - since.published - since.raw_since,

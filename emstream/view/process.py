@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 
 from emstream.errors import EmstreamError, OutputError
 from emstream.keys import Peer
+from emstream.printable import log_to_stderr, logs_json
 from emstream.restarts import Restarts
 from emstream.signals import deaf_processes
 from emstream.view.door import token_for
@@ -87,7 +88,7 @@ class ViewProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(
-            target=_main, args=(self._theirs, self._page), name="view", daemon=True
+            target=_main, args=(self._theirs, self._page, logs_json()), name="view", daemon=True
         )
 
     def _launch(self) -> None:
@@ -151,7 +152,6 @@ class ViewProcess:
             if self._stopping.is_set():
                 return False
             self._pipe.close()
-            self._process.close()
             self._begin()
             self._launch()
         return True
@@ -176,10 +176,11 @@ class ViewProcess:
         self.stop()
 
 
-def _main(pipe: Connection, page: _Page) -> None:
+def _main(pipe: Connection, page: _Page, as_json: bool) -> None:
     # The page stays until the service has drained.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    log_to_stderr(logging.WARNING, as_json=as_json)
     with contextlib.suppress(AttributeError, OSError):
         os.nice(_NICE)
     try:
