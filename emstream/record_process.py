@@ -213,7 +213,7 @@ class RecorderProcess:
 
     def _tell(self) -> None:
         while (word := self._words.get()) is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, TypeError):  # TypeError: it is being closed, after a death
                 self._pipe.send(word)
 
     def _watch(self) -> None:
