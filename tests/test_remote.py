@@ -281,7 +281,7 @@ def test_server_that_hangs_keeps_nobody(
     assert server._process
     server._process.send_signal(signal.SIGSTOP)
     start_s = time.monotonic()
-    with pytest.raises(ServerFailed, match="did not answer within|no inference server answers"):
+    with pytest.raises(ServerFailed, match=r"did not answer within|no inference server answers"):
         engine.denoise(counts(32, 32))
     assert time.monotonic() - start_s < 5
     server._process.send_signal(signal.SIGCONT)
