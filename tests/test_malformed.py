@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import zmq
 
+from emstream import wire
 from emstream.control import Control
 from emstream.errors import SourceError
 from emstream.intake import Intake
@@ -45,11 +47,11 @@ def test_each_question_is_refused() -> None:
         raise SourceError("no such engine")
 
     answers: Any = {"status": lambda question: {}, "swap": nothing_to_swap, "swap-back": nothing_to_swap}
-    control, rng, refused = Control("inproc://orders", answers), random.Random(1), 0
-    for _ in range(5000):
-        kind, parts = malformed.question(rng)
-        if malformed.refusable(parts):
-            assert control._answer(parts[1])["ok"] is False, (kind, parts)
-            refused += 1
+    rng, refused = random.Random(1), 0
+    with contextlib.closing(Control("inproc://orders", answers)) as control:
+        for _ in range(5000):
+            kind, parts = malformed.question(rng)
+            if malformed.refusable(parts):
+                assert wire.unpack(control._answer(parts[1]), 2**20)["ok"] is False, (kind, parts)
+                refused += 1
     assert 3000 < refused < 5000
-    control.close()
