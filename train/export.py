@@ -37,7 +37,8 @@ from train.command import explained, writable_file
 from train.dataset import SAMPLING_A, Images
 from train.evaluate import VIEW_PX, evaluate
 from train.fit import EMA_DECAY
-from train.models import BiasFreeBatchNorm, Network, parameters
+from train.models import Network, parameters
+from train.models.folding import fold_norms
 from train.noise import DOSE_RANGE, PAPER_DOSE
 from train.recipe import load
 
@@ -45,20 +46,6 @@ LARGEST_PX = 8192
 SPECTRA = 384  # images that the card knows the spectra of
 NEAR_PAPER_DOSE = (0.8 * PAPER_DOSE, 1.2 * PAPER_DOSE)  # mean counts of a frame vary with what it shows
 HOT_PIXEL = 1024.0  # times the mean level: beyond it half precision might overflow
-
-
-@torch.no_grad()
-def fold_norms(network: nn.Module) -> None:
-    """Multiply each batch norm's gain into the convolution before it, add its shift to the bias, and drop the norm."""
-    for block in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
-        for place, norm in enumerate(block):
-            if isinstance(norm, nn.BatchNorm2d):
-                convolution = block[place - 1]
-                gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-                convolution.weight.mul_(gain[:, None, None, None])
-                if not isinstance(norm, BiasFreeBatchNorm):
-                    convolution.bias.sub_(norm.running_mean).mul_(gain).add_(norm.bias)
-                block[place] = nn.Identity()
 
 
 class CountsToIntensity(nn.Module):
@@ -153,6 +140,13 @@ def spectra(directory: Path) -> KnownSpectra:
     return KnownSpectra.of(np.array(powers))
 
 
+def began_from(began: Mapping[str, Any]) -> str:
+    """What the training began from, in words."""
+    if "engine" in began:
+        return f"the engine {began['engine']} ({began['trained']})"
+    return f"weights of {began['steps']} steps in {began['spent_s'] / 3600:.2f} h"
+
+
 def score(engine: Engine, images: Images) -> dict[str, Any]:
     """Test-set figures at 0.45 electrons/pixel of the engine as it runs here, and of the noisy frames."""
     views = (images.central_views(VIEW_PX, [index])[0, 0].numpy() for index in range(len(images)))
@@ -230,11 +224,7 @@ def main() -> None:
             f"{recipe.crop_px} px in {state['spent_s'] / 3600:.2f} h"
             f"{' on ' + hardware if hardware else ''}; AdamW, peak rate "
             f"{recipe.learning_rate}, cosine schedule, EMA {EMA_DECAY}, loss {recipe.loss}"
-            + (
-                f"; began from weights of {began['steps']} steps in {began['spent_s'] / 3600:.2f} h"
-                if began
-                else ""
-            )
+            + (f"; began from {began_from(began)}" if began else "")
         ),
         commit=training.get("commit") or report.stamp("export", ())["commit"] or "unknown",
     )

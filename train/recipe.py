@@ -5,6 +5,7 @@ The comments in train/recipes/ say how each value was chosen.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, get_type_hints
 
 import torch
 
+from emstream.inference import EngineCard
 from train.models import Network, build
+from train.models.folding import load_folded
 from train.noise import Camera
 
 CHOICES = {
@@ -66,7 +69,8 @@ class Recipe:
     loss: str = "mse"
     """See train/losses.py."""
     start_from: str | None = None
-    """A best.pt of the same network, to go on from its weights: for another material, or better images."""
+    """A best.pt or an engine's .pt2 of the same network, to go on from its weights: for another material, or better
+    images."""
     distill_from: str | None = None
     """A best.pt whose network's estimates are targets beside the truth ..."""
     distill_weight: float = 0.5
@@ -203,14 +207,33 @@ def load_state(out: Path, recipe: Recipe, network: Network) -> dict[str, Any]:
 def load_start(recipe: Recipe, network: Network) -> dict[str, Any]:
     """Give `network` the weights of the recipe's ``start_from``; returns how those came to be."""
     path = Path(recipe.start_from or "")
+    if path.suffix == ".pt2":
+        return _load_engine_start(path, recipe, network)
     theirs, saved, state = load(path)
     if (theirs.task, repr(saved)) != (recipe.task, repr(network)):
-        raise RecipeError(
-            f"start_from = {path}, which holds another network than the recipe asks for ({theirs.task}: "
-            f"{saved.description}, {'bias-free' if saved.bias_free else 'biased'})"
-        )
+        raise _another_network(path, theirs.task, saved.description, saved.bias_free)
     network.load_state_dict(saved.state_dict())
     return {"steps": state["step"], "spent_s": state["spent_s"], **state.get("training", {})}
+
+
+def _load_engine_start(path: Path, recipe: Recipe, network: Network) -> dict[str, Any]:
+    files = {"card.json": ""}
+    try:
+        program = torch.export.load(path, extra_files=files)
+        card = EngineCard.from_metadata(json.loads(files["card.json"]), str(path))
+    except Exception as error:  # of any kind: what torch makes of rubbish depends on the rubbish
+        raise RecipeError(f"start_from = {path} is no engine of train.export: {error}") from None
+    if (recipe.task, card.architecture, card.bias_free) != ("tem", network.description, network.bias_free):
+        raise _another_network(path, "tem", card.architecture, card.bias_free)
+    load_folded(network, program.state_dict)
+    return {"engine": card.name, "trained": card.trained, **(card.training or {})}
+
+
+def _another_network(path: Path, task: str, description: str, bias_free: bool) -> RecipeError:
+    return RecipeError(
+        f"start_from = {path}, which holds another network than the recipe asks for ({task}: "
+        f"{description}, {'bias-free' if bias_free else 'biased'})"
+    )
 
 
 def load_teacher(recipe: Recipe) -> tuple[Network, dict[str, Any]]:

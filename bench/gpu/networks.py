@@ -135,7 +135,7 @@ def _make_files(setting: Setting, name: str) -> str | None:
 def random_network(name: str) -> Any:
     """Folded, in eval mode, its maps about as large at the end as at the start."""
     torch = _torch()
-    from train.export import fold_norms
+    from train.models.folding import fold_norms
 
     torch.manual_seed(0)
     network = RANDOM[name].network().eval()
@@ -165,7 +165,8 @@ def half_network(setting: Setting, name: str) -> Any:
 
 def _network(setting: Setting, name: str) -> Any:
     torch = _torch()
-    from train.export import fold_norms, halve
+    from train.export import halve
+    from train.models.folding import fold_norms
 
     if name in RANDOM:
         return halve(random_network(name)).float()
@@ -197,7 +198,7 @@ def _from_onnx(path: Path) -> Any:
     from onnx import numpy_helper
 
     torch = _torch()
-    from train.export import fold_norms
+    from train.models.folding import fold_norms
 
     network = shape_of(path).network().eval()
     fold_norms(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -16,12 +17,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="the laboratory needs: pip install 'emstream[train]'")
 pytest.importorskip("abtem", reason="the laboratory needs: pip install 'emstream[train]'")
 
+from emstream.inference import EngineCard
 from tests.train.discs import Discs
 from train import fit, photographs
+from train.export import write_pt2
 from train.log import COLUMNS, Log
 from train.losses import LOSSES
 from train.metrics import psnr_db
 from train.models import parameters
+from train.models.folding import fold_norms
 from train.recipe import Recipe, RecipeError, load, save
 
 ROOT = Path(__file__).parents[2]
@@ -548,6 +552,41 @@ def test_start_from_another_network_is_refused(tmp_path: Path) -> None:
         fit.fit(tiny(start_from=str(tmp_path / "first/best.pt")), tmp_path / "second")
     with pytest.raises(RecipeError, match="No such file"):
         fit.fit(tiny(start_from=str(tmp_path / "none.pt")), tmp_path / "second")
+
+
+@pytest.mark.filterwarnings("ignore:No complete tensor:UserWarning")  # torch.export's own
+def test_starts_from_the_weights_of_an_engine(tmp_path: Path) -> None:
+    fit.fit(tiny(steps=3), tmp_path / "first")
+    _, trained, _ = load(tmp_path / "first/best.pt")
+    folded = copy.deepcopy(trained).eval()
+    fold_norms(folded)
+    card = EngineCard(
+        name="tiny", architecture=trained.description, parameters=1, field_of_view_px=29, multiple_px=4,
+        bias_free=True, dose_range=(0.1, 10.0), sampling_pm=6.2, psnr_db=30.0, ssim=0.9, trained="3 steps",
+        commit="abc", training={"seeds": [0, 1], "materials": ["pt_ceo2"]},
+    )  # fmt: skip
+    write_pt2(folded, tmp_path / "tiny.pt2", card)
+    on = tiny(steps=1, learning_rate=1e-30, start_from=str(tmp_path / "tiny.pt2"))
+    second = fit.fit(on, tmp_path / "second").eval()
+    counts = torch.poisson(torch.full((1, 1, 64, 64), 0.45))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            second(counts), trained.eval()(counts), rtol=5e-3, atol=1e-3
+        )  # halved weights
+        assert not torch.allclose(second(counts), tiny().build().eval()(counts), rtol=5e-3, atol=1e-3)
+    assert any(parameter.requires_grad for parameter in second.parameters())
+    began = load(tmp_path / "second/best.pt")[2]["training"]["began_from"]
+    assert began == {"engine": "tiny", "trained": "3 steps", "seeds": [0, 1], "materials": ["pt_ceo2"]}
+    (tmp_path / "tiny.pt2").unlink()  # needed once alone
+    fit.fit(replace(on, steps=2), tmp_path / "second")  # resumes
+
+
+def test_start_from_an_unfit_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unet32.pt2, which holds another network .*32 base channels"):
+        fit.fit(tiny(start_from=str(ROOT / "engines/unet32.pt2")), tmp_path / "run")
+    (tmp_path / "rubbish.pt2").write_bytes(b"rubbish")
+    with pytest.raises(RecipeError, match=r"start_from = .*rubbish.pt2 is no engine of train.export"):
+        fit.fit(tiny(start_from=str(tmp_path / "rubbish.pt2")), tmp_path / "run")
 
 
 def test_student_follows_its_teacher(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from emstream import load_engine
 from emstream.inference import EngineCard
 from emstream.trust import BAND_EDGES, KnownSpectra
 from train import networks
-from train.export import fold_norms, model_card, write_onnx, write_pt2
+from train.export import model_card, write_onnx, write_pt2
 from train.models import BiasFreeBatchNorm, Network, UNet, build, macs_per_pixel, parameters
+from train.models.folding import fold_norms
 from train.models.unet import DoubleConv
 
 # name, arguments, parameters bias-free and biased, field of view [px], multiplications per pixel
