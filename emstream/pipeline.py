@@ -33,6 +33,7 @@ from emstream.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
+_STATS_LATE_S = 0.3  # then not the thread that publishes says how things stand: it waits for the engine
 _FIRST_BATCH_S = 60.0
 _GPU_IS_LOST = 20  # batches in a row that CUDA refused: what such an error spoils only a new process mends
 
@@ -80,6 +81,8 @@ class Pipeline:
         self._drain_until_ns: int | None = None
         self._submitted: SimpleQueue[tuple[Ticket, Slot] | SeriesMark | _News | None] = SimpleQueue()
         self._recording: dict[str, Any] | None = None
+        self._publishing = threading.Lock()
+        self._next_stats_ns = 0
         self._in_engine = 0
         self._room = threading.Condition()
         self._stopping = threading.Event()
@@ -120,6 +123,7 @@ class Pipeline:
                 thread.join(timeout=0.2)
                 self._watch_the_drain()
                 self._watch_the_stages()
+                self._say_if_late()
         self._observer.close()
         if isinstance(self._fault, EmstreamError):
             raise self._fault
@@ -200,22 +204,37 @@ class Pipeline:
             self._room.wait_for(lambda: self._in_engine < depth or self._aborting.is_set())
 
     def _publish(self) -> None:
-        next_stats_ns = now_ns()
         while True:
             with contextlib.suppress(Empty):
                 submitted = self._submitted.get(timeout=STATS_EVERY_S)
                 if submitted is None:
-                    self._publisher.stats(self.report())
+                    with self._publishing:
+                        self._say()
                     return
                 if isinstance(submitted, _News):
-                    next_stats_ns = 0
+                    self._next_stats_ns = 0
                 elif isinstance(submitted, SeriesMark):
-                    self._publisher.mark(submitted)
+                    with self._publishing:
+                        self._publisher.mark(submitted)
                 elif self._collect(*submitted):
-                    self._publish_slot(submitted[1])
-            if now_ns() >= next_stats_ns:
-                next_stats_ns = now_ns() + int(STATS_EVERY_S * 1e9)
-                self._publisher.stats(self.report())
+                    with self._publishing:
+                        self._publish_slot(submitted[1])
+            if now_ns() >= self._next_stats_ns:
+                with self._publishing:
+                    self._say()
+
+    def _say(self) -> None:
+        self._next_stats_ns = now_ns() + int(STATS_EVERY_S * 1e9)
+        self._publisher.stats(self.report())
+
+    def _say_if_late(self) -> None:
+        """Statistics come while the engine hangs, too, and name it."""
+        late = now_ns() > self._next_stats_ns + int(_STATS_LATE_S * 1e9)
+        if late and self._next_stats_ns and self._publishing.acquire(blocking=False):
+            try:
+                self._say()
+            finally:
+                self._publishing.release()
 
     def _collect(self, ticket: Ticket, slot: Slot) -> bool:
         """Wait for a batch; False when the engine failed on it, which costs the batch."""

@@ -100,7 +100,10 @@ def panel(status: dict[str, Any]) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("emstream", Text.assemble((f"● {_SAID[state]}", _STYLES[state]), f"   {status['input']}"))
+    said = _SAID[state]
+    if state == "quiet" and status["ledger"].get("in_flight"):
+        said = "no frames come out: the engine has them"
+    table.add_row("emstream", Text.assemble((f"● {said}", _STYLES[state]), f"   {status['input']}"))
     if status["alarms"]:
         table.add_row("", Text("  ".join(status["alarms"]), style="bold white on red"))
     if "ledger" not in status:

@@ -296,7 +296,7 @@ def test_engine_that_fails_its_self_test_is_not_swapped_in(
 def test_engine_that_hangs_is_named_within_a_second_and_given_up_at_last(rig: Any, caplog: Any) -> None:
     engine = GatedEngine()
     engine.best_batch = 1
-    run = rig({"overrun": Overrun.block, "stall_limit_s": 2.5}, engine=engine)
+    run = rig({"overrun": Overrun.block, "stall_limit_s": 4.0}, engine=engine)
     fault: list[BaseException] = []
 
     def run_to_the_end() -> None:
@@ -316,6 +316,14 @@ def test_engine_that_hangs_is_named_within_a_second_and_given_up_at_last(rig: An
         time.sleep(0.01)
     assert 0.9 < time.monotonic() - begin < 2.4
     assert run.service.pipeline.stalled.keys() == {"engine"}
+    said, in_flight = [], 0
+    while len(said) < 2 and run.out.poll(2000):  # with the thread that publishes stuck in the engine
+        parts = run.out.recv_multipart()
+        if parts[0] == b"stats" and (news := wire.unpack(parts[1]))["stalled"]:
+            said.append(news["stalled"]["engine"])
+            in_flight = news["ledger"]["in_flight"]
+    assert said[0] < said[1]
+    assert in_flight == 1
     run.join()
     assert "the engine has been stalled for" in str(fault[0])
     assert "1 frames are in flight" in str(fault[0])

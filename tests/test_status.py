@@ -84,6 +84,8 @@ def test_service_without_a_camera_is_waiting_and_one_that_falls_silent_is_said_t
     quiet = until(heard, state="quiet")
     assert quiet["frames_per_s"] == 0
     assert "the camera is silent" in printed(quiet)
+    hung = quiet | {"ledger": quiet["ledger"] | {"in_flight": 1}}
+    assert "no frames come out: the engine has them" in printed(hung)
     run.stop()
 
 

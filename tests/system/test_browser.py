@@ -426,6 +426,30 @@ def test_page_says_that_it_waits_and_that_frames_have_stopped(
     assert not tab.complaints
 
 
+def test_page_names_an_engine_that_hangs(
+    tab: Tab, view: ViewServer, camera: Camera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tab.open(view.url)
+    camera.go()
+    tab.wait(STATE_IS % "live")
+    engine, hung, goes_on = camera._run.service.engine.current, threading.Event(), threading.Event()
+    collect = engine.collect
+
+    def hang(ticket: Any) -> Any:
+        hung.set()
+        assert goes_on.wait(60)
+        return collect(ticket)
+
+    monkeypatch.setattr(engine, "collect", hang)
+    assert hung.wait(10)
+    tab.wait(f"{TEXT_OF % 'mark'}.startsWith('the engine has stalled for')")
+    tab.wait(STATE_IS % "quiet")
+    tab.wait(f"{TEXT_OF % 'notice-text'}.endsWith('in its engine and do not come out.')")
+    goes_on.set()
+    tab.wait(STATE_IS % "live")
+    assert not tab.complaints
+
+
 def test_page_reconnects_by_itself(tab: Tab, view: ViewServer, camera: Camera) -> None:
     camera.go()
     tab.open(view.url)
