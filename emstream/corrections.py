@@ -156,6 +156,11 @@ class Corrections:
 
         Both are the same array unless `moves`.
         """
+        if self._bad or self.moves:
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._apply(pixels, row)
+
+    def _apply(self, pixels: np.ndarray, row: np.ndarray) -> None:
         if self._bad:
             self._bad.fill(pixels)
         if not self.moves:

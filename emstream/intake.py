@@ -136,8 +136,7 @@ class Intake:
         if header.endianness != "little":
             written.byteswap(inplace=True)
             header.endianness = "little"
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._corrections.apply(written, row)
+        self._corrections.apply(written, row)
         # Afterwards: bad pixels, which the mask takes away, may well be NaN.
         if written.dtype.kind == "f" and not _all_finite(row):
             self._ring.cancel()

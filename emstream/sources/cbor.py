@@ -71,10 +71,14 @@ class _Reader:
         if major == _UINT:
             return number, at
         if major == _TEXT:
-            end = self.end(at, number)
+            end = at + number
+            if end > self.length:
+                raise IndexError
             return str(self.data[at:end], "utf-8"), end
         if major == _BYTES:
-            end = self.end(at, number)
+            end = at + number
+            if end > self.length:
+                raise IndexError
             return self.data[at:end], end
         if major == _NEGATIVE:
             return -1 - number, at
@@ -102,12 +106,6 @@ class _Reader:
                 raise MalformedFrame("CBOR has a map with a key that is no text")
             found[key], at = self.item(at, depth + 1)
         return found, at
-
-    def end(self, at: int, nbytes: int) -> int:
-        end = at + nbytes
-        if end > self.length:
-            raise IndexError
-        return end
 
     def spend(self, items: int, depth: int) -> None:
         self.left -= items

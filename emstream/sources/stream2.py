@@ -205,7 +205,13 @@ def _positive(value: Any) -> float | None:
 
 def _seconds(value: Any) -> float | None:
     """A rational [numerator, denominator] in seconds."""
-    if isinstance(value, list) and len(value) == 2 and all(_is_number(each) for each in value) and value[1]:
+    if (
+        isinstance(value, list)
+        and len(value) == 2
+        and _is_number(value[0])
+        and _is_number(value[1])
+        and value[1]
+    ):
         return float(value[0] / value[1])
     return None
 
