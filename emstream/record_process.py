@@ -18,6 +18,7 @@ import multiprocessing
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -32,7 +33,7 @@ from emstream.record import FAILURES, Recorder, RecordSettings
 from emstream.recording import disk
 from emstream.recording.salvage import Account, salvage
 from emstream.restarts import Restarts
-from emstream.signals import deaf_processes
+from emstream.signals import deaf_processes, stop_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _START_S = 60.0
 _SILENT_S = 15.0
 _SOON_S = 3.0
 _END_S = 600.0
+_LOOK_S = 0.1
 _REPEAT_S = 10.0
 _QUIET_MS = 500
 _COUNTED = ("lost", "unheard")
@@ -162,22 +164,27 @@ class RecorderProcess:
     def finish(self, published: int | None = None) -> dict[str, Any]:
         """Let it write what was published until now; returns the report of all its recordings.
 
-        `published` is how many frames that is, so that those it never got are counted.
+        `published` is how many frames that is, so that those it never got are counted. A recorder that says
+        nothing for ten minutes, or is given up by SIGINT or SIGTERM meanwhile, is killed, and what is on
+        the disk is counted.
         """
         self._finish = _Finish(published)
         self._asked.set()
-        try:
+        given_up = threading.Event()
+        with stop_on_signals(given_up.set):
             self._words.put(self._finish)
             if not self._answered.wait(_SOON_S):
                 log.info("the recorder writes what is left; stop again to drop that")
-            if not self._answered.wait(_END_S):
-                raise OutputError(f"{self._output}: the recorder said nothing for {_END_S:.0f} s")
-        except KeyboardInterrupt:
-            raise OutputError(
-                f"{self._output}: the recorder was told to end at once; what it had committed is readable"
-            ) from None
-        finally:
+            until_s = time.monotonic() + _END_S
+            while not self._answered.wait(_LOOK_S) and not given_up.is_set() and time.monotonic() < until_s:
+                pass
+            if not self._answered.is_set():
+                self._process.kill()
             self._end()
+        if given_up.is_set():
+            self._dead = (
+                f"{self._output}: the recorder was told to end at once; what it had committed is readable"
+            )
         return self._report()
 
     def _report(self) -> dict[str, Any]:

@@ -438,22 +438,44 @@ def test_nobody_waits_to_tell_a_recorder_that_hangs(beside: Callable[..., Beside
     run.records(2)
 
 
-@pytest.mark.usefixtures("heeds_ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
-def test_second_interrupt_gives_up_a_recorder_that_hangs_with_a_word(
-    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+def test_signal_gives_up_a_recorder_that_hangs_and_what_is_on_the_disk_is_counted(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setattr(record_process, "_SOON_S", 0.0)
     run = beside()
     run.send(2)
     run.records(2)
+    _stop(run)
+    run.send(1)
+    # It is said that it is waited for; then somebody loses patience.
+    monkeypatch.setattr(record_process.log, "info", lambda *words: signal.raise_signal(number))
+    report = run.recorder.finish(3)
+    assert "told to end at once" in report["error"]
+    assert report["frames"]["denoised"] + report["unheard"]["denoised"] == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_recorder_that_hangs_for_ever_is_killed_and_what_is_on_the_disk_is_counted(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_process, "_SOON_S", 0.0)
+    monkeypatch.setattr(record_process, "_END_S", 0.2)
+    run = beside()
+    run.send(2)
+    run.records(2)
+    _stop(run)
+    run.send(1)
+    report = run.recorder.finish(3)
+    assert "what it had committed is readable" in report["error"]
+    assert report["frames"]["denoised"] + report["unheard"]["denoised"] == 3
+
+
+def _stop(run: Beside) -> None:
     pid = run.recorder._process.pid
     assert pid
     os.kill(pid, signal.SIGSTOP)
-    # It is said that it is waited for; then somebody presses Ctrl-C.
-    monkeypatch.setattr(record_process.log, "info", lambda *words: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(OutputError, match="told to end at once"):
-        run.recorder.finish(2)
 
 
 def test_recording_whose_folder_vanished_is_in_the_report_and_another_one_begins_when_it_is_back(
