@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from emstream.errors import ConfigError, EmstreamError, OutputError, SourceError, Stalled
 from emstream.intake import Overrun
@@ -28,8 +28,24 @@ if TYPE_CHECKING:
     from emstream.serve import Settings
 
 
+class _Command(TyperCommand):
+    """Says with an error where the values come from that it speaks of."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _says_what_is_refused():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _says_where_from(ctx):
+            return super().invoke(ctx)
+
+
 class _Group(TyperGroup):
     """Turns our errors into a line of text and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _says_what_is_refused():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,12 +63,38 @@ class _Group(TyperGroup):
             raise typer.Exit(2) from None
 
 
+@contextmanager
+def _says_what_is_refused() -> Iterator[None]:
+    """Add to an error about a value of the wrong type what it is, and where it was given."""
+    try:
+        yield
+    except typer.BadParameter as error:
+        from emstream.config import refused
+
+        error.message = refused(error)
+        raise
+
+
+@contextmanager
+def _says_where_from(context: Any) -> Iterator[None]:
+    """Add to an error about options of `context` where their values were given."""
+    try:
+        yield
+    except (EmstreamError, ValueError) as error:
+        from emstream.config import origins
+
+        if not hasattr(error, "__notes__") and (found := origins(context, str(error))):
+            error.add_note(f"({found})")
+        raise
+
+
 def _say_error(error: Exception) -> None:
     """The line that a command ends with: for people, or like every other of --log-json."""
+    text = " ".join([str(error), *getattr(error, "__notes__", ())])
     if logs_json():
-        logging.getLogger("emstream").error("%s", error)
+        logging.getLogger("emstream").error("%s", text)
     else:
-        typer.echo(printable_lines(f"error: {error}"), err=True)
+        typer.echo(printable_lines(f"error: {text}"), err=True)
 
 
 app = typer.Typer(
@@ -125,14 +167,15 @@ def _setup(
     for problem in misspelt(os.environ, context.command):
         logging.getLogger(__name__).warning("%s", problem)
     if config is not None:
-        context.default_map = dict(read(config, context.command.commands))  # type: ignore[attr-defined]
+        with _says_where_from(context):
+            context.default_map = dict(read(config, context.command.commands))  # type: ignore[attr-defined]
 
 
 config_app = typer.Typer(cls=_Group, no_args_is_help=True, help="The configuration.")
 app.add_typer(config_app, name="config")
 
 
-@config_app.command()
+@config_app.command(cls=_Command)
 def check(
     context: typer.Context,
     command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="Whose options.")] = "serve",
@@ -156,9 +199,10 @@ def check(
     made = commands[command].make_context(command, [], parent=root)
     options = in_force(made, root.params.get("config"))
     if command == "serve":
-        settings = _settings_of(**made.params)
-        _check_recording_options(made.params["record"], made.params["look_back"], made.params["split"])
-        look_over(settings)
+        with _says_where_from(made):
+            settings = _settings_of(**made.params)
+            _check_recording_options(made.params["record"], made.params["look_back"], made.params["split"])
+            look_over(settings)
     report = {each.option: {"value": each.value, "from": each.source} for each in options}
     if as_json:
         typer.echo(json.dumps(report, default=str))
@@ -166,7 +210,7 @@ def check(
     _print_report({each.option: f"{_text(each.value)}   ({each.source})" for each in options}, False)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     frames: Frames = None,
     rate: Rate = 10.0,
@@ -202,7 +246,7 @@ def demo(
     _print_report(run_demo(settings, on_ready=ready), as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def serve(
     input: Annotated[
         str,
@@ -412,16 +456,26 @@ def _settings_of(
     from dataclasses import fields
 
     from emstream.serve import DEFAULT_OUTPUT, Settings
+    from emstream.wire import MOST_HEADER_BYTES
 
     known = {field.name for field in fields(Settings)}
     return Settings(
         output=output or DEFAULT_OUTPUT,
-        max_frame_bytes=max_frame_mib * 1024**2,
-        max_header_bytes=max_header_kib * 1024,
-        queue_bytes=queue_mib * 1024**2,
+        max_frame_bytes=1024**2 * _within("max_frame_mib", max_frame_mib, _MOST_MIB, "MiB"),
+        max_header_bytes=1024 * _within("max_header_kib", max_header_kib, MOST_HEADER_BYTES // 1024, "KiB"),
+        queue_bytes=1024**2 * _within("queue_mib", queue_mib, _MOST_MIB, "MiB"),
         control=None if control == "none" else control,
         **{name: value for name, value in options.items() if name in known},
     )
+
+
+_MOST_MIB = 1024**2
+
+
+def _within(name: str, value: int, most: int, unit: str) -> int:
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} must lie in 1-{most} {unit}, got {value} {unit}")
+    return value
 
 
 engine_app = typer.Typer(cls=_Group, no_args_is_help=True, help="The engine of a running service.")
@@ -436,7 +490,7 @@ ServiceAddress = Annotated[
 ]
 
 
-@engine_app.command()
+@engine_app.command(cls=_Command)
 def swap(
     engine: Annotated[str, typer.Argument(metavar="NEW", help="Model file, where the service runs.")],
     service: ServiceAddress = "tcp://127.0.0.1:5556",
@@ -461,7 +515,7 @@ def swap(
     _print_report(answer, as_json)
 
 
-@engine_app.command()
+@engine_app.command(cls=_Command)
 def back(
     service: ServiceAddress = "tcp://127.0.0.1:5556",
     timeout_s: Annotated[float, typer.Option(help="Longest to wait for the answer.")] = 30.0,
@@ -480,7 +534,7 @@ def back(
     _print_report(ask(control_of(service, peer=peer), {"do": "swap-back"}, timeout_s, peer), as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def keygen(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose keys: service, display3, ...")],
     folder: Annotated[Path, typer.Option("-d", "--folder", help="Where to put them.")] = Path(),
@@ -496,7 +550,7 @@ def keygen(
     _print_report({"public": str(public), "secret": str(secret)}, as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def record(
     output: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file, or a folder to name it in.")],
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
@@ -598,7 +652,7 @@ def _recording_line() -> Iterator[Callable[[dict[str, Any]], None]]:
         yield show
 
 
-@app.command()
+@app.command(cls=_Command)
 def camera(
     output: Annotated[
         str | None,
@@ -667,7 +721,7 @@ def camera(
     if protocol not in ("native", "dectris"):
         raise ValueError(f"protocol must be native or dectris, got {protocol!r}")
     if protocol == "native" and detector:
-        words = ", ".join(name.replace("_", "-") for name in detector)
+        words = ", ".join("--no-end" if name == "end" else f"--{name.replace('_', '-')}" for name in detector)
         raise ValueError(f"{words}: only with --protocol dectris")
     stop = threading.Event()
     log = logging.getLogger("emstream.camera")
@@ -683,7 +737,7 @@ def camera(
     _print_report(report, as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def view(
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
     host: ViewHost = "127.0.0.1",
@@ -713,7 +767,7 @@ def view(
         page.stop()
 
 
-@app.command()
+@app.command(cls=_Command)
 def status(
     input: Annotated[str, typer.Option(help="What emstream serve publishes on.")] = "tcp://127.0.0.1:5556",
     key: Key = None,
@@ -738,7 +792,7 @@ def status(
             display.update(panel(each), refresh=True)
 
 
-@app.command()
+@app.command(cls=_Command)
 def denoise(
     input: Annotated[
         Path,
@@ -799,7 +853,7 @@ def denoise(
             report = denoise_file(input, output, loaded, compare=compare, rate=rate, **options)
             _warn_of_the_dose(input, report)
         elif compare is not None:
-            raise typer.BadParameter(f"one comparison is of one movie, and {input} is a folder")
+            raise ValueError(f"--compare {compare} is of one movie, and {input} is a folder; leave it out")
         else:
             reports: dict[str, Any] = {}
             skipped: list[str] = []
@@ -834,7 +888,7 @@ def _warn_of_the_dose(path: Path, report: dict[str, Any]) -> None:
         )
 
 
-@app.command()
+@app.command(cls=_Command)
 def build(
     model: Annotated[
         Path | None, typer.Argument(metavar="MODEL.onnx", help="An engine as train.export writes it.")
@@ -913,7 +967,7 @@ def _phases() -> Iterator[Callable[[str, int, int], None] | None]:
         yield step
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     engine: Annotated[
         Path | None, typer.Argument(metavar="ENGINE", help=".onnx or .plan. [default: the one that ships]")
@@ -950,7 +1004,7 @@ def export(
     _print_report(report, as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def info(
     engine: Annotated[
         str | None, typer.Argument(metavar="ENGINE", help="[default: the one that ships]")
