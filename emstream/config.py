@@ -13,6 +13,7 @@ over the file, and that over the defaults.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -117,12 +118,88 @@ def in_force(context: Any, path: Path | None) -> list[InForce]:
     """Every option of a command whose context (click's) was made, as it would run now."""
     found = []
     for option in context.command.params:
-        source = context.get_parameter_source(option.name)
-        where = {"COMMANDLINE": "command line", "DEFAULT_MAP": str(path)}.get(
-            source.name if source else "", "default"
-        )
-        if source and source.name == "ENVIRONMENT":
-            variable = option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
-            where = f"environment: {variable}"
+        where = {
+            "COMMANDLINE": "command line",
+            "DEFAULT_MAP": str(path),
+            "ENVIRONMENT": f"environment: {_variable(context, option)}",
+        }.get(_source(context, option), "default")
         found.append(InForce(option.name, context.params.get(option.name), where))
     return found
+
+
+def origins(context: Any, text: str) -> str:
+    """Where those values were given that an error's `text` speaks of; nothing for defaults.
+
+    A text speaks of an option by its flag, by its name and value, or by a value that is a path or an address; where
+    it does so of none, by what it says it ``got``.
+    """
+    given = []
+    while context is not None:
+        given += [(context, option) for option in context.command.params if origin(context, option)]
+        context = context.parent
+    for speaks_of in (_names, _got):
+        if found := [origin(*each) for each in given if speaks_of(text, *each)]:
+            return "; ".join(found)
+    return ""
+
+
+def origin(context: Any, option: Any) -> str:
+    """Where the value of an option (click's) was given; nothing for a default."""
+    where = {
+        "COMMANDLINE": "the command line",
+        "DEFAULT_MAP": f"{context.find_root().params.get('config')}, [{context.info_name}]",
+        "ENVIRONMENT": _variable(context, option),
+    }.get(_source(context, option))
+    return f"{_flag(option)} is from {where}" if where else ""
+
+
+def refused(error: typer.BadParameter) -> str:
+    """What is wrong with a value that is not of its option's type: the value, too, and where it was given."""
+    text = error.message.removeprefix("Value error, ").removesuffix(".")
+    wrong: list[Any] = getattr(
+        error.__cause__, "errors", list
+    )()  # pydantic's, whose texts leave the value out
+    if wrong and repr(wrong[0]["input"]) not in text:
+        text += f", got {wrong[0]['input']!r}"
+    where = origin(error.ctx, error.param) if error.ctx and error.param else ""
+    return f"{text} ({where})" if where else error.message
+
+
+def _source(context: Any, option: Any) -> str:
+    source = context.get_parameter_source(option.name)
+    return source.name if source else ""
+
+
+def _variable(context: Any, option: Any) -> str:
+    return option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
+
+
+def _flag(option: Any) -> str:
+    if option.param_type_name == "argument":
+        return str(option.metavar or option.name.upper())
+    return str(max(option.opts, key=len))
+
+
+def _names(text: str, context: Any, option: Any) -> bool:
+    name = re.escape(option.name).replace("_", "[-_ ]")
+    return (option.param_type_name == "option" and _holds(text, re.escape(_flag(option)))) or any(
+        _holds(text, re.escape(value)) and ("/" in value or _holds(text, name))
+        for value in _texts(context, option)
+    )
+
+
+def _got(text: str, context: Any, option: Any) -> bool:
+    return any(_holds(text, f"got '?{re.escape(value)}'?") for value in _texts(context, option))
+
+
+def _holds(text: str, pattern: str) -> bool:
+    """Whether `pattern` is in `text`, and not only as a part of a longer word, number or path."""
+    return re.search(rf"(?<![\w/.-]){pattern}(?![\w/-]|\.\w)", text) is not None
+
+
+def _texts(context: Any, option: Any) -> set[str]:
+    """What errors may call the values of an option."""
+    value = context.params.get(option.name)
+    values = value if isinstance(value, list | tuple) else [value]
+    whole = {f"{each:g}" for each in values if isinstance(each, float)}
+    return whole | {str(each) for each in values if each not in (None, "") and not isinstance(each, bool)}

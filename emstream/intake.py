@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,19 +24,12 @@ from emstream.corrections import Corrections
 from emstream.errors import EngineError, MalformedFrame
 from emstream.frame import PIXEL_TYPES, FrameHeader, now_ns
 from emstream.ledger import Ledger
+from emstream.overrun import Overrun as Overrun
 from emstream.ring import Ring, SeriesMark
 from emstream.watchdog import Watchdog
 from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES
 
 log = logging.getLogger(__name__)
-
-
-class Overrun(StrEnum):
-    """What gives way when frames come faster than the engine takes them."""
-
-    drop_oldest = "drop-oldest"
-    drop_newest = "drop-newest"
-    block = "block"
 
 
 class Source(Protocol):

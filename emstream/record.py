@@ -89,14 +89,14 @@ class RecordSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.look_back_s < 1e6:
-            raise ValueError(f"look-back must lie in 0-1000000 s, got {self.look_back_s}")
+            raise ValueError(f"look-back must lie in 0-1000000 s, got {self.look_back_s} s")
         for name in ("split_bytes", "buffer_bytes", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.partition('_')[0]} must be positive, got {value}")
         if self.look_back_s and self.frames is not None:
             raise ValueError(
-                "frames and look-back exclude each other: nobody knows how many the look-back holds"
+                "--frames and --look-back exclude each other: nobody knows how many the look-back holds"
             )
 
     def path(self) -> Path:

@@ -144,10 +144,13 @@ class Settings:
         if self.roi is not None:
             Region.of(self.roi)
         check_choice(self.device, self.precision, self.threads)
-        for name, least in (("max_batch", 1), ("slots", 2), ("queue", 1), ("queue_bytes", 1)):
+        least = {
+            "max_batch": (1, "frame"), "slots": (2, "batches"), "queue": (1, "message"), "queue_bytes": (1, "byte"),
+        }  # fmt: skip
+        for name, (number, unit) in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None and value < number:
+                raise ValueError(f"{name} must be at least {number} {unit}, got {value}")
         if self.binning < 1:
             raise ValueError(f"binning must be at least 1 pixel, got {self.binning}")
         if self.max_frame_bytes < 1:
@@ -160,7 +163,8 @@ class Settings:
             raise ValueError(f"max_rate must lie in 0-1000000 frames/s, got {self.max_rate}")
         for name in ("max_wait_ms", "drain_s", "stall_limit_s"):
             if not 0 <= getattr(self, name) < 1e6:
-                raise ValueError(f"{name} must lie in 0-1000000, got {getattr(self, name)}")
+                unit = name.rpartition("_")[2]
+                raise ValueError(f"{name} must lie in 0-1000000 {unit}, got {getattr(self, name)} {unit}")
         if self.metrics is not None:
             host_and_port(self.metrics)
             if not self.insecure and reachable(f"tcp://{self.metrics}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,9 @@ def test_values_that_make_no_sense_are_found_by_the_check(file: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("max_batch = 0", "max_batch must be at least 1, got 0"),
-        ("slots = 1", "slots must be at least 2, got 1"),
-        ("queue = 0", "queue must be at least 1, got 0"),
+        ("max_batch = 0", "max_batch must be at least 1 frame, got 0"),
+        ("slots = 1", "slots must be at least 2 batches, got 1"),
+        ("queue = 0", "queue must be at least 1 message, got 0"),
         ("threads = 0", "threads must be at least 1, got 0"),
         ('precision = "f16"', "precision must be one of bf16, f32, got 'f16'"),
         ('device = "gpu"', "device must be auto, cpu or GPU numbers"),
@@ -191,9 +192,12 @@ def test_limits_are_options_like_the_others(file: Path) -> None:
     ("line", "text"),
     [
         ("max_rate = 0", "max_rate must lie in 0-1000000 frames/s, got 0.0"),
-        ("max_header_kib = 0", "the largest header must lie in 1024-16777216 bytes, got 0"),
-        ("max_header_kib = 100000", "got 102400000"),
-        ("queue_mib = 0", "queue_bytes must be at least 1, got 0"),
+        ("max_header_kib = 0", "max_header_kib must lie in 1-16384 KiB, got 0 KiB"),
+        ("max_header_kib = 100000", "max_header_kib must lie in 1-16384 KiB, got 100000 KiB"),
+        ("queue_mib = 0", "queue_mib must lie in 1-1048576 MiB, got 0 MiB"),
+        ("max_frame_mib = -1", "max_frame_mib must lie in 1-1048576 MiB, got -1 MiB"),
+        ("drain_s = -1", "drain_s must lie in 0-1000000 s, got -1.0 s"),
+        ("max_wait_ms = nan", "max_wait_ms must lie in 0-1000000 ms, got nan ms"),
     ],
 )
 def test_limits_that_make_no_sense_are_refused(file: Path, line: str, text: str) -> None:
@@ -218,3 +222,146 @@ def test_variable_that_is_misspelt_is_named(caplog: pytest.LogCaptureFixture) ->
     assert "EMSTREAM_OTHERS_THING belongs to no option" in caplog.text + done.stderr
     assert "VIEW_TOKEN" not in caplog.text + done.stderr
     assert "TIMEOUT_S" not in caplog.text + done.stderr
+
+
+def said(done: Any) -> str:
+    """The output in one line, without the frame that is drawn around wrong use."""
+    return re.sub(r"[\s│]+", " ", done.output)
+
+
+# Command, what it needs besides, option, a value of it that is refused, and what the error says of that.
+REFUSED = [
+    ("serve", "--input sim://", "max_batch", 0, "max_batch must be at least 1 frame, got 0"),
+    ("serve", "--input sim://", "slots", 1, "slots must be at least 2 batches, got 1"),
+    ("serve", "--input sim://", "queue_mib", 0, "queue_mib must lie in 1-1048576 MiB, got 0 MiB"),
+    ("serve", "--input sim://", "max_frame_mib", 0, "max_frame_mib must lie in 1-1048576 MiB, got 0 MiB"),
+    ("serve", "--input sim://", "max_header_kib", 99999, "max_header_kib must lie in 1-16384 KiB, got 99999"),
+    ("serve", "--input sim://", "max_rate", -2.5, "max_rate must lie in 0-1000000 frames/s, got -2.5"),
+    ("serve", "--input sim://", "stall_limit_s", -3.0, "stall_limit_s must lie in 0-1000000 s, got -3.0 s"),
+    ("serve", "--input sim://", "gain", 0.0, "gain must be positive, got 0.0 ADU per electron"),
+    ("serve", "--input sim://", "offset", 1e13, "offset must lie within 1e+12 ADU of 0, got 1"),
+    ("serve", "--input sim://", "binning", 0, "binning must be at least 1 pixel, got 0"),
+    ("serve", "--input sim://", "roi", "8x8", "roi must look like 512x512+64+128"),
+    ("serve", "--input sim://", "expect", "big", "expect must look like 512x512:uint8"),
+    ("serve", "--input sim://", "metrics", "here", "metrics must be HOST:PORT"),
+    ("serve", "--input sim://", "engine", "/nowhere.onnx", "no engine at /nowhere.onnx"),
+    ("serve", "--input sim://", "precision", "f16", "precision must be one of bf16, f32, got 'f16'"),
+    ("serve", "--input sim://", "threads", 0, "threads must be at least 1, got 0"),
+    ("serve", "--input sim://", "look_back", 5.0, "--look-back and --split are for recordings"),
+    ("serve", "--input sim:// --engine identity", "output", "tcp://*:5556", "cannot publish on tcp://*:5556"),
+    ("serve", "--input sim://", "output", "x?queue=0", "--output 'x?queue=0'"),
+    ("serve", "--input sim://", "key", "mine.key_secret", "--key takes --admit"),
+    ("camera", "", "rate", -3.0, "rate must be positive, got -3.0 frames/s"),
+    ("camera", "", "gap", 2.0, "gap must be a probability from 0 to 1, got 2.0"),
+    ("camera", "", "stall_every", -1, "stall-every must not be negative, got -1 frames"),
+    ("camera", "", "dose", -0.5, "dose must be positive, got -0.5 electrons/pixel"),
+    ("camera", "--protocol dectris", "thresholds", 9, "thresholds must lie in 1-8, got 9"),
+    ("camera", "", "dead", 4, "--dead: only with --protocol dectris"),
+    ("demo", "--headless", "height", 0, "height must lie in 16-16384, got 0 pixels"),
+    ("record", "{folder}/r.h5", "split", "10 apples", "split must be a size such as 10GiB, got '10 apples'"),
+    ("record", "{folder}/r.h5", "look_back", -5.0, "look-back must lie in 0-1000000 s, got -5.0 s"),
+    ("record", "{folder}/r.h5 --look-back 1", "frames", 7, "--frames and --look-back exclude each other"),
+    ("view", "", "port", 70000, "port must lie in 0-65535, got 70000"),
+    ("view", "", "token", "short", "a token must have at least 8 characters, got 5; give a longer --token"),
+    ("denoise", "{folder}/in.npy {folder}/out.npy", "device", "gpu", "device must be auto, cpu or GPU numbers"),
+    ("export", "--triton {folder}", "backend", "tea", "backend must be one of onnxruntime, openvino, got 'tea'"),
+    ("build", "x.onnx -o x.plan", "size", "big", "size must look like 512x512 (rows x columns), got 'big'"),
+    ("build", "x.onnx -o x.plan", "max_batch", 0, "largest batch must be at least 1 frame, got 0"),
+]  # fmt: skip
+REFUSED_IDS = [f"{command}-{option}-{value}" for command, _, option, value, _ in REFUSED]
+
+
+@pytest.mark.parametrize(("command", "others", "option", "value", "error"), REFUSED, ids=REFUSED_IDS)
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_value_that_makes_no_sense_is_refused_with_where_it_came_from(
+    tmp_path: Path, way: str, command: str, others: str, option: str, value: Any, error: str
+) -> None:
+    flag = f"--{option.replace('_', '-')}"
+    arguments = [command, *others.format(folder=tmp_path).split()]
+    if way == "flag":
+        done, where = run(*arguments, flag, value), "the command line"
+    elif way == "variable":
+        where = f"EMSTREAM_{command}_{option}".upper().replace("VIEW_TOKEN_TOKEN", "VIEW_TOKEN")
+        done = run(*arguments, **{where: str(value)})
+    else:
+        path = tmp_path / "emstream.toml"
+        path.write_text(f"[{command}]\n{option} = {json.dumps(value)}\n")
+        done, where = run("--config", path, *arguments), f"{path}, [{command}]"
+    assert done.exit_code in (1, 2)
+    assert error in said(done)
+    assert f"{flag} is from {where}" in said(done)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("max_batch", "many", "'many'"),
+        ("gain", "high", "'high'"),
+        ("overrun", "never", "'never' is not one of 'drop-oldest', 'drop-newest', 'block'"),
+        ("view", "maybe", "'maybe'"),
+    ],
+)
+def test_value_of_another_type_is_refused_with_where_it_came_from(
+    tmp_path: Path, option: str, value: str, error: str
+) -> None:
+    flag, variable = f"--{option.replace('_', '-')}", f"EMSTREAM_SERVE_{option.upper()}"
+    path = tmp_path / "emstream.toml"
+    path.write_text(f'[serve]\n{option} = "{value}"\n')
+    if option != "view":  # a flag alone
+        done = run("serve", "--input", "sim://", flag, value)
+        assert done.exit_code == 2
+        assert f"{flag} is from the command line" in said(done)
+        assert error in said(done)
+    done = run("serve", "--input", "sim://", **{variable: value})
+    assert done.exit_code == 2
+    assert f"{flag} is from {variable}" in said(done)
+    assert error in said(done)
+    done = run("--config", path, "serve", "--input", "sim://")
+    assert done.exit_code == 1
+    assert f"{path}: [serve] {option} = {value!r}: " in said(done)
+
+
+def test_options_of_all_commands_and_of_commands_of_groups_say_where_they_came_from() -> None:
+    done = run("info", EMSTREAM_LOG_JSON="perhaps")
+    assert done.exit_code == 2
+    assert "'perhaps'" in said(done)
+    assert "--log-json is from EMSTREAM_LOG_JSON" in said(done)
+    done = run("info", EMSTREAM_CONFIG="/nowhere.toml")
+    assert done.exit_code == 1
+    assert "/nowhere.toml: No such file or directory (--config is from EMSTREAM_CONFIG)" in said(done)
+    done = run("engine", "back", EMSTREAM_ENGINE_BACK_TIMEOUT_S="soon")
+    assert done.exit_code == 2
+    assert "--timeout-s is from EMSTREAM_ENGINE_BACK_TIMEOUT_S" in said(done)
+    done = run("info", "/nowhere.onnx")
+    assert done.exit_code == 1
+    assert "(ENGINE is from the command line)" in said(done)
+
+
+def test_check_says_where_a_value_that_serve_would_refuse_came_from(file: Path) -> None:
+    done = run("--config", file, "config", "check", EMSTREAM_SERVE_QUEUE_MIB="0")
+    assert done.exit_code == 2
+    assert "got 0 MiB (--queue-mib is from EMSTREAM_SERVE_QUEUE_MIB) Try" in said(done)
+    done = run("--config", file, "config", "check", EMSTREAM_SERVE_QUEUE_MIB="lots")
+    assert done.exit_code == 2
+    assert "'lots'" in said(done)
+    assert said(done).count("--queue-mib is from EMSTREAM_SERVE_QUEUE_MIB") == 1
+    file.write_text('[serve]\ninput = "sim://"\nqueue_mib = 0\n')
+    done = run("--config", file, "config", "check")
+    assert done.exit_code == 2
+    assert f"got 0 MiB (--queue-mib is from {file}, [serve])" in said(done)
+
+
+def test_only_values_that_the_error_speaks_of_are_named(file: Path) -> None:
+    done = run(
+        "--config", file, "serve", "--frames", 0, EMSTREAM_SERVE_QUEUE="10", EMSTREAM_SERVE_DRAIN_S="0"
+    )
+    assert done.exit_code == 2
+    assert "frames must be at least 1, got 0 (--frames is from the command line) Try" in said(done)
+    done = run("serve", "--input", "sim://", "--key", "mine", EMSTREAM_SERVE_CAMERA_KEY="")
+    assert "too (--key is from the command line) Try" in said(done)
+
+
+def test_several_values_that_do_not_go_together_are_all_named(file: Path) -> None:
+    done = run("--config", file, "record", "r.h5", "--frames", 7, EMSTREAM_RECORD_LOOK_BACK="3")
+    assert done.exit_code == 2
+    assert "--look-back is from EMSTREAM_RECORD_LOOK_BACK; --frames is from the command line" in said(done)

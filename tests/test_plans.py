@@ -521,7 +521,7 @@ def test_ctrl_c_ends_a_build_and_writes_no_plan(tmp_path: Path, monkeypatch: pyt
     def phases() -> Iterator[Any]:
         yield lambda *step: signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "_phases", phases)
+    monkeypatch.setattr(cli.build, "_phases", phases)
     assert run("build", ONNX, "-o", tmp_path / "u.plan", "--size", "16x16").exit_code == 130
     assert not list(tmp_path.iterdir())
 

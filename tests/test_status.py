@@ -17,7 +17,7 @@ import zmq
 from rich.console import Console
 
 from emstream import wire
-from emstream.cli import _print_report
+from emstream.cli.report import print_report
 from emstream.errors import SourceError
 from emstream.inference import IdentityEngine
 from emstream.printable import PrintableFormatter
@@ -217,7 +217,7 @@ def test_log_lines_quote_what_they_got_and_do_not_obey_it() -> None:
 
 
 def test_reports_print_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_report({"[/x]": "runs/[bold]7[/y].tif", "device": {"name": HOSTILE}}, as_json=False)
+    print_report({"[/x]": "runs/[bold]7[/y].tif", "device": {"name": HOSTILE}}, as_json=False)
     out = capsys.readouterr().out
     assert "[/x]" in out
     assert "runs/[bold]7[/y].tif" in out

@@ -76,7 +76,7 @@ class DectrisSettings(CameraSettings):
             raise ValueError(f"series-frames must be at least 1, got {self.series_frames}")
         if self.faults.reorder or self.faults.resize_every:
             raise ValueError(
-                "a DECTRIS detector sends in order and at one size; leave out reorder and resize-every"
+                "a DECTRIS detector sends in order and at one size; leave out --reorder and --resize-every"
             )
 
 

@@ -32,7 +32,10 @@ def is_loopback(host: str) -> bool:
 def token_for(host: str, token: str | None) -> str | None:
     """The token to ask for: the one given, or a new one where other machines can come in."""
     if token is not None and len(token) < _SHORTEST_TOKEN:
-        raise ValueError(f"a token must have at least {_SHORTEST_TOKEN} characters, got {len(token)}")
+        raise ValueError(
+            f"a token must have at least {_SHORTEST_TOKEN} characters, got {len(token)}; "
+            "give a longer --token or --view-token"
+        )
     return token or (None if is_loopback(host) else secrets.token_urlsafe(16))
 
 

@@ -225,7 +225,7 @@ def test_info_reads_the_card() -> None:
         (("serve", "--input", "sim://", "--expect", "big"), 2, "expect must look like 512x512:uint8"),
         (("serve", "--input", "sim://", "--output", "tcp://*:1?format=csv"), 2, "format must be emstream or"),
         (("serve", "--input", "sim://", "--output", "tcp://*:1", "--output", "tcp://*:2"), 2, "native once"),
-        (("serve", "--input", "sim://", "--slots", "1"), 2, "slots must be at least 2, got 1"),
+        (("serve", "--input", "sim://", "--slots", "1"), 2, "slots must be at least 2 batches, got 1"),
         (("serve", "--input", "file:///nowhere/movie.npy"), 1, "/nowhere/movie.npy"),
         (("camera", "--rate", "0"), 2, "rate must be positive, got 0.0 frames/s"),
         (("camera", "--dose", "-1"), 2, "dose must be positive, got -1.0 electrons/pixel"),
