@@ -36,6 +36,7 @@ from emstream.ring import Ring, Slot
 from emstream.sources import cbor
 from emstream.sources.dectris import Decoder, DectrisSource
 from emstream.sources.stream2 import Image, array, parse
+from emstream.wire import DEFAULT_MAX_HEADER_BYTES
 
 TARGET = 0.8
 PATTERNS = 8
@@ -171,7 +172,7 @@ def _messages(size: int, compression: str, dose: float) -> list[bytes]:
 
 def _pixels(message: bytes) -> bytes:
     """The pixels in a message, as they came."""
-    image = parse(message, _LIMIT)
+    image = parse(message, _LIMIT, DEFAULT_MAX_HEADER_BYTES)
     assert isinstance(image, Image)
     (channel,) = image.channels.values()
     assert isinstance(channel, cbor.Tag)

@@ -80,8 +80,7 @@ class Rig:
 
     def start(self) -> None:
         # The publisher has the subscription before the first frame is there.
-        while not self.service.publisher._wants(b"raw"):
-            pass
+        assert self.service.publisher.wait_for(b"", 20)
         self._thread.start()
 
     def stop(self) -> None:

@@ -248,6 +248,8 @@ REFUSED = [
     ("serve", "--input sim://", "precision", "f16", "precision must be one of bf16, f32, got 'f16'"),
     ("serve", "--input sim://", "threads", 0, "threads must be at least 1, got 0"),
     ("serve", "--input sim://", "look_back", 5.0, "--look-back and --split are for recordings"),
+    ("serve", "--input sim:// --record {folder}", "look_back", -5.0, "look-back must lie in 0-1000000 s, got -5.0"),
+    ("serve", "--input sim://", "view_port", -5, "view-port must lie in 0-65535, got -5"),
     ("serve", "--input sim:// --engine identity", "output", "tcp://*:5556", "cannot publish on tcp://*:5556"),
     ("serve", "--input sim://", "output", "x?queue=0", "--output 'x?queue=0'"),
     ("serve", "--input sim://", "key", "mine.key_secret", "--key takes --admit"),

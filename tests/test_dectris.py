@@ -323,6 +323,68 @@ def test_user_data_that_no_header_can_carry_costs_nothing_else() -> None:
         wire.pack(wire.map_of(items[1][0]))
 
 
+def chunked(text: str) -> bytes:
+    """As a text of indefinite length has it."""
+    return b"\x7f" + b"".join(cbor2.dumps(text[at : at + 100]) for at in range(0, len(text), 100)) + b"\xff"
+
+
+LONG: dict[str, Any] = {
+    "a text": "x" * 3000,
+    "bytes": bytes(3000),
+    "bytes in a tag": cbor2.CBORTag(4711, bytes(3000)),
+    "numbers": [2**32] * 400,
+    "names": {f"{n:020}": None for n in range(200)},
+    "a text behind an array": [cbor2.CBORTag(64, bytes(3000)), "x" * 3000],
+}
+
+
+@pytest.mark.parametrize("kind", list(LONG))
+def test_what_is_no_array_counts_as_header_and_has_its_limit(kind: str) -> None:
+    desk = Desk()
+    desk.intake.max_header_bytes = 2048
+    flat = array(np.ones(SHAPE, np.float32), None)
+    opening = start(
+        pixel_mask={"threshold_1": array(np.zeros(SHAPE, np.uint32))}, flatfield={"threshold_1": flat}
+    )
+    assert len(opening) > 3 * 2048
+    desk.give(opening, image(0, PIXELS), image(1, {"threshold_1": array(PIXELS, None)}))
+    assert not desk.reasons
+    desk.give(image(2, PIXELS, user_data=LONG[kind]), start("two", user_data=LONG[kind]))
+    assert desk.ledger.snapshot()["rejected"] == 2
+    assert desk.reasons == ["header, all but the arrays, exceeds the limit of 2048 bytes"]
+    desk.intake.max_header_bytes = 8192
+    desk.give(image(3, PIXELS, user_data=LONG[kind]), start("two", user_data=LONG[kind]))
+    assert [head.frame for head, _ in desk.frames()] == [0, 1, 3]
+
+
+def test_long_text_is_refused_before_it_is_read() -> None:
+    message = cbor2.dumps({"type": "image", "user_data": "x" * 10_000_000})
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedFrame, match="exceeds the limit of 65536 bytes"):
+            cbor.loads(message)
+        with pytest.raises(MalformedFrame, match="exceeds the limit of 65536 bytes"):
+            cbor.loads(chunked("x" * 1_000_000))
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_flat_field_larger_than_a_frame_may_be_is_refused() -> None:
+    for side, refused in ((150, False), (160, True)):  # LIMIT lies between
+        flat = array(np.ones((side, side), np.float32), None)
+        desk = Desk().give(start(flatfield={"threshold_1": flat}))
+        assert desk.reasons == (["array is larger than the limit of 100000 bytes"] if refused else [])
+
+
+def test_noise_that_compression_makes_larger_is_taken_up_to_the_limit() -> None:
+    noise = np.random.default_rng(0).integers(0, 2**16 - 1, (250, 200)).astype(np.uint16)
+    assert len(shuffled(noise)) > noise.nbytes == LIMIT
+    desk = Desk().give(image(0, noise))
+    ((_, pixels),) = desk.frames()
+    np.testing.assert_array_equal(pixels, noise)
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()

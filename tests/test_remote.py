@@ -287,6 +287,27 @@ def test_server_that_hangs_keeps_nobody(
     server._process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
+def test_server_that_hangs_does_not_keep_who_submits(
+    own: Callable[..., Triton], engine_of: Callable[[str], Engine]
+) -> None:
+    server = own()
+    engine, y = engine_of(server.url("unet32")), counts(1, 32, 32)
+    engine.denoise(y)
+    time.sleep(1)  # what it said of its network is to be asked again
+    assert server._process
+    server._process.send_signal(signal.SIGSTOP)
+    start_s = time.monotonic()
+    tickets = [engine.submit(y, np.empty(y.shape, np.float32)) for _ in range(3)]
+    assert time.monotonic() - start_s < 0.5
+    with pytest.raises(ServerFailed, match="no inference server answers"):
+        engine.collect(tickets[0])
+    assert time.monotonic() - start_s < 4  # not the five seconds that an answer may take
+    server._process.send_signal(signal.SIGCONT)
+    for ticket in tickets[1:]:  # these it still does
+        engine.collect(ticket)
+
+
 def test_server_that_comes_back_with_another_network_is_noticed(
     own: Callable[..., Triton], engine_of: Callable[[str], Engine], tmp_path: Path
 ) -> None:

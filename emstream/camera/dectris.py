@@ -22,10 +22,11 @@ from emstream.camera import QUEUE_FRAMES, CameraSettings, send
 from emstream.endpoint import bind
 from emstream.errors import OutputError
 from emstream.frame import now_ns
+from emstream.sources.cbor import COMPRESSED
 from emstream.sources.compressed import HEADER
 from emstream.sources.simulated import paced
 from emstream.sources.specimen import MovingSpecimen
-from emstream.sources.stream2 import COMPRESSED, ROW_MAJOR
+from emstream.sources.stream2 import ROW_MAJOR
 
 DEFAULT_OUTPUT = "tcp://127.0.0.1:31001"
 COMPRESSIONS = ("bslz4", "lz4", "none")

@@ -11,7 +11,7 @@ import typer
 from emstream.cli.errors import Command, Group, says_where_from
 from emstream.cli.options import Json
 from emstream.cli.report import print_report, text_of
-from emstream.cli.serve import check_recording_options, settings_of
+from emstream.cli.serve import check_other_processes, settings_of
 from emstream.errors import ConfigError
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="The configuration.")
@@ -43,7 +43,8 @@ def check(
     if command == "serve":
         with says_where_from(made):
             settings = settings_of(**made.params)
-            check_recording_options(made.params["record"], made.params["look_back"], made.params["split"])
+            others = ("record", "look_back", "split", "view_port")
+            check_other_processes(**{name: made.params[name] for name in others})
             look_over(settings)
     report = {each.option: {"value": each.value, "from": each.source} for each in options}
     if as_json:

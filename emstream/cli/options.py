@@ -41,7 +41,7 @@ ViewToken = Annotated[
         help="What the page asks for. [default: nothing on loopback, else a new one each time]",
     ),
 ]
-ViewPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the live page; 0 picks a free one.")]
+ViewPort = Annotated[int, typer.Option(help="Port of the live page; 0 picks a free one.")]
 
 
 Key = Annotated[

@@ -175,7 +175,7 @@ def serve(
         key=key, admit=admit, camera_key=camera_key, insecure=insecure,
     )  # fmt: skip
     log = logging.getLogger("emstream.serve")
-    check_recording_options(record, look_back, split)
+    check_other_processes(record, look_back, split, view_port)
     recordings: list[dict[str, Any]] = []
     with ExitStack() as stack:
         # Without a handler this signal would end the service.
@@ -228,8 +228,10 @@ def serve(
     check_recording(*recordings)
 
 
-def check_recording_options(record: Path | None, look_back: float, split: str | None) -> None:
-    """Raise ValueError for those that make no sense; `look_back` [s]."""
+def check_other_processes(record: Path | None, look_back: float, split: str | None, view_port: int) -> None:
+    """Raise ValueError for options of recorder and page that make no sense; `look_back` [s]."""
+    if not 0 <= view_port <= 65535:
+        raise ValueError(f"view-port must lie in 0-65535, got {view_port}")
     split_bytes = size_of(split, "split")
     if record is not None:
         from emstream.record import RecordSettings

@@ -285,8 +285,6 @@ class RemoteEngine(Engine):
 
     def submit(self, counts: np.ndarray, expected: np.ndarray) -> _Ticket:
         self._check(counts)
-        if self._tells and now_ns() >= self._believed_until_ns:
-            self._check_network()
         pixels = np.ascontiguousarray(counts, self._dtype)
         if len(self._input.shape) == 4:
             pixels = pixels[..., None].view(np.uint8)
@@ -306,6 +304,9 @@ class RemoteEngine(Engine):
         return _Ticket(answer, expected)
 
     def collect(self, ticket: _Ticket) -> np.ndarray:
+        # Before the answer is waited for: a server that hangs is found out sooner.
+        if self._tells and now_ns() >= self._believed_until_ns:
+            self._check_network()
         try:
             response = ticket.answer.result(self._timeout_s + _MARGIN_S).get_response()
         except (TimeoutError, self._grpc.InferenceServerException) as error:

@@ -13,10 +13,8 @@ that lags. None of them ever waits for a client: sockets.py. What one cannot sen
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -24,13 +22,19 @@ import numpy as np
 import zmq
 
 from emstream.endpoint import Door
-from emstream.errors import OutputError
 from emstream.outputs import array1, karabo
-from emstream.outputs.sockets import DEFAULT_QUEUE_BYTES, SOCKETS, Buffer, Queue, Replies, Sender, nbytes_of
-from emstream.seldom import Seldom
+from emstream.outputs.lasting import Lasting
+from emstream.outputs.sockets import (
+    DEFAULT_QUEUE_BYTES,
+    SOCKETS,
+    Broadcast,
+    Buffer,
+    Push,
+    Queue,
+    Replies,
+    nbytes_of,
+)
 
-log = logging.getLogger(__name__)
-_OPEN_AGAIN_S = 0.1
 NATIVE = "emstream"
 DENOISED, RAW, BOTH = "denoised", "raw", "both"
 Picture = tuple[Mapping[str, Any], np.ndarray]
@@ -108,84 +112,42 @@ class Output:
         self._format = FORMATS[order.format]
         self._names = (RAW, DENOISED) if order.stream == BOTH else (order.stream,)
         self._about = {"format": order.format, "stream": order.stream, "socket": order.socket}
-        self._order, self._context, self._door = order, context or zmq.Context.instance(), door
-        self._queue = Queue(order.queue or SOCKETS[order.socket].default_queue or queue, queue_bytes)
-        self._largest = largest
-        self._sender = self._bind()
-        self.endpoint = self._sender.endpoint
-        self._before = (0, 0)  # sent and skipped by sockets that broke
-        self._failed = 0
-        self._problems = Seldom()
-        self._open_again_s: float | None = None
-        """When a socket that broke is opened again; None when there is one."""
-
-    def _bind(self) -> Sender:
-        kind = SOCKETS[self._order.socket]
-        return kind(self._order.endpoint, self._queue, self._largest, self._context, self._door)
+        queue = order.queue or SOCKETS[order.socket].default_queue or queue
+        self._socket: Lasting[Broadcast | Push | Replies] = Lasting(
+            SOCKETS[order.socket], order.endpoint, Queue(queue, queue_bytes), largest, context, door
+        )
+        self.endpoint = self._socket.endpoint
 
     def send(self, pictures: Mapping[str, Picture]) -> None:
         """One frame: what there is of it, ``raw`` and ``denoised``. Its memory may change afterwards.
 
         Never raises: a frame that cannot be sent is counted.
         """
-        try:
-            if self._open_again_s is not None:
-                self._mend()
-            if self._sender.wants():
+        with self._socket.tried("a frame"):
+            sender = self._socket.sender
+            if sender.wants():
                 parts = self._format.parts({name: pictures[name] for name in self._names})
-                self._sender.send(parts)
-                self._make_room(nbytes_of(parts))
-        except Exception as error:
-            self._failed += 1
-            if isinstance(error, zmq.ZMQError) and self._open_again_s is None:
-                self._give_up()
-            said = self._problems.note(f"{type(error).__name__}: {error}")
-            if said is not None:
-                log.error("%s failed on %d frames by now: %s", self.endpoint, self._failed, error)
-
-    def _make_room(self, nbytes: int) -> None:
-        """After a message larger than all before: the socket may have to be opened again, with a shorter queue."""
-        if nbytes <= self._largest:
-            return
-        before, self._largest = self._queue.length(self._largest), nbytes
-        if self._queue.length(nbytes) < before and not isinstance(self._sender, Replies):
-            self._give_up(linger_s=2.0)
-
-    def _give_up(self, linger_s: float = 0.0) -> None:
-        """Another socket is opened soon: ZeroMQ lets go of the address in its own time."""
-        self._sender.close(linger_s)
-        self._order = replace(self._order, endpoint=self.endpoint)  # with the port that was free
-        self._open_again_s = time.monotonic() + _OPEN_AGAIN_S
-
-    def _mend(self) -> None:
-        """Raises OutputError as long as there is no socket again."""
-        assert self._open_again_s is not None
-        if time.monotonic() < self._open_again_s:
-            raise OutputError("its socket broke, and is opened again soon")
-        self._open_again_s = time.monotonic() + _OPEN_AGAIN_S
-        broken, self._sender = self._sender, self._bind()
-        sent, skipped = self._before
-        self._before = sent + broken.sent, skipped + (broken.skipped or 0)
-        self._open_again_s = None
-        log.warning("%s is open again; clients come back by themselves", self.endpoint)
+                sender.send(parts)
+                if not isinstance(sender, Replies):  # which counts bytes
+                    self._socket.make_room(nbytes_of(parts))
 
     def report(self) -> dict[str, Any]:
         """Frames ``sent``, and ``skipped`` because a client was not ready for them, None where ZeroMQ does not say.
 
         ``failed`` are those that could not be sent at all.
         """
-        sent, skipped = self._before
+        sender = self._socket.sender
         return {
             "endpoint": self.endpoint,
             **self._about,
-            "sent": sent + self._sender.sent,
-            "skipped": None if self._sender.skipped is None else skipped + self._sender.skipped,
-            "failed": self._failed,
+            "sent": sender.sent,
+            "skipped": sender.skipped if sender.counts_skipped else None,
+            "failed": self._socket.failed,
         }
 
     def close(self, linger_s: float) -> None:
         """Give clients `linger_s` to take what is kept for them."""
-        self._sender.close(linger_s)
+        self._socket.close(linger_s)
 
 
 def orders(texts: str | Iterable[str]) -> tuple[Order | None, Sequence[Order]]:

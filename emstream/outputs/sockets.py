@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import zmq
 
@@ -64,10 +64,10 @@ class Sender(Protocol):
 
     endpoint: str
     sent: int
-
-    @property
-    def skipped(self) -> int | None:
-        """Frames that a client was not ready for; None where ZeroMQ does not say."""
+    skipped: int
+    """Frames that a client was not ready for."""
+    counts_skipped: bool
+    """Whether ZeroMQ says so."""
 
     def wants(self) -> bool:
         """Whether anybody would get the next frame; one that nobody would is counted here."""
@@ -78,10 +78,12 @@ class Sender(Protocol):
     def close(self, linger_s: float) -> None: ...
 
 
-class Broadcast:
-    """PUB."""
+class _Bound:
+    """A socket whose queues ZeroMQ keeps."""
 
+    kind: ClassVar[int]
     default_queue = None
+    counts_skipped = True
 
     def __init__(
         self,
@@ -91,44 +93,52 @@ class Broadcast:
         context: zmq.Context[zmq.Socket[bytes]],
         door: Door | None = None,
     ) -> None:
-        self._socket = context.socket(zmq.XPUB)
+        self._socket = context.socket(self.kind)
         self._socket.sndhwm = queue.length(nbytes)
-        self._subscribed: set[bytes] = set()
         self.endpoint = bind(self._socket, endpoint, door)
-        self.sent = 0
-        self.skipped = None
-
-    def wants(self) -> bool:
-        while self._socket.poll(0):
-            message = self._socket.recv()
-            (self._subscribed.add if message[:1] == b"\1" else self._subscribed.discard)(message[1:])
-        return bool(self._subscribed)
-
-    def send(self, parts: Sequence[Buffer]) -> None:
-        self._socket.send_multipart(parts)
-        self.sent += 1
+        self.sent = self.skipped = 0
 
     def close(self, linger_s: float) -> None:
         self._socket.close(linger=int(1000 * linger_s))
 
 
-class Push:
+class Broadcast(_Bound):
+    """PUB."""
+
+    kind = zmq.XPUB
+    counts_skipped = False
+
+    def __init__(self, *where: Any) -> None:
+        super().__init__(*where)
+        self.subscribed: set[bytes] = set()
+        """What somebody has subscribed to, as of `hear`."""
+
+    def hear(self, wait_ms: int = 0) -> None:
+        """Note who subscribes and who leaves."""
+        while self._socket.poll(wait_ms):
+            wait_ms = 0
+            message = self._socket.recv()
+            if message[:1] == b"\1":
+                self.subscribed.add(message[1:])
+            elif message[:1] == b"\0":
+                self.subscribed.discard(message[1:])
+
+    def wants(self) -> bool:
+        self.hear()
+        return bool(self.subscribed)
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        *before, last = parts
+        for part in before:  # send_multipart takes longer
+            self._socket.send(part, zmq.SNDMORE)
+        self._socket.send(last)
+        self.sent += 1
+
+
+class Push(_Bound):
     """PUSH."""
 
-    default_queue = None
-
-    def __init__(
-        self,
-        endpoint: str,
-        queue: Queue,
-        nbytes: int,
-        context: zmq.Context[zmq.Socket[bytes]],
-        door: Door | None = None,
-    ) -> None:
-        self._socket = context.socket(zmq.PUSH)
-        self._socket.sndhwm = queue.length(nbytes)
-        self.endpoint = bind(self._socket, endpoint, door)
-        self.sent = self.skipped = 0
+    kind = zmq.PUSH
 
     def wants(self) -> bool:
         if self._socket.poll(0, zmq.POLLOUT):
@@ -142,9 +152,6 @@ class Push:
             self.sent += 1
         except zmq.Again:
             self.skipped += 1
-
-    def close(self, linger_s: float) -> None:
-        self._socket.close(linger=int(1000 * linger_s))
 
 
 @dataclass
@@ -164,6 +171,7 @@ class Replies:
     """
 
     default_queue = 1
+    counts_skipped = True
 
     def __init__(
         self,
@@ -179,10 +187,11 @@ class Replies:
         self.endpoint = bind(self._socket, endpoint, door)
         self.sent = self.skipped = 0
         self._clients: dict[bytes, _Client] = {}
-        self._frames: deque[tuple[int, list[bytes]]] = deque(maxlen=queue.most)
-        self._most_bytes = queue.most_bytes
+        self._frames: deque[tuple[int, list[bytes]]] = deque()
+        self._nbytes = 0  # of all these
+        self._queue = queue
         self._last = 0  # number of the newest frame, from 1
-        self._lock = threading.Lock()  # of the two above
+        self._lock = threading.Lock()  # of the frames
         self._until_s: float | None = None
         self._linger_ms = 0
         self._heard, self._bell = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
@@ -203,12 +212,12 @@ class Replies:
         with self._lock:
             self._last += 1
             self._frames.append((self._last, message))
-            while len(self._frames) > 1 and self._kept_bytes() > self._most_bytes:
-                self._frames.popleft()
+            self._nbytes += nbytes_of(message)
+            while len(self._frames) > self._queue.most or (
+                self._nbytes > self._queue.most_bytes and len(self._frames) > 1
+            ):
+                self._nbytes -= nbytes_of(self._frames.popleft()[1])
         self._ring()
-
-    def _kept_bytes(self) -> int:
-        return sum(nbytes_of(message) for _, message in self._frames)
 
     def close(self, linger_s: float) -> None:
         if self._until_s is None:
@@ -289,7 +298,7 @@ class Replies:
         return True
 
 
-SOCKETS: dict[str, type[Broadcast] | type[Push] | type[Replies]] = {
+SOCKETS: dict[str, type[Broadcast | Push | Replies]] = {
     "pub": Broadcast,
     "push": Push,
     "rep": Replies,

@@ -1,7 +1,7 @@
 """CBOR (RFC 8949) as cameras speak it, with byte strings left where they are.
 
 Made for messages that are nearly all pixels: these are not copied, and what surrounds them may
-have so many items and so many levels and no more, so that a message takes no more memory than a
+have so many bytes, items and levels and no more, so that a message takes no more memory than a
 few times its size, whatever it holds. Tags come as `Tag`, uninterpreted; keys are texts.
 """
 
@@ -11,8 +11,12 @@ import struct
 from typing import Any, NamedTuple
 
 from emstream.errors import MalformedFrame
+from emstream.wire import DEFAULT_MAX_FRAME_BYTES, DEFAULT_MAX_HEADER_BYTES
 
 MAX_ITEMS = 50_000
+COMPRESSED = 56500
+"""The tag around [algorithm, element, bytes]."""
+_TYPED = range(64, 88)  # tags around the bytes of an array: RFC 8746
 _MAX_DEPTH = 16
 _UINT, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _OTHER = range(8)
 _INDEFINITE, _BREAK, _SHORT_TEXT = 31, 0xFF, 0x60
@@ -31,10 +35,19 @@ class Tag(NamedTuple):
     value: Any
 
 
-def loads(data: bytes | memoryview) -> Any:
-    """The one item that `data` holds, byte strings as views of it. Raises MalformedFrame and nothing else."""
+def loads(
+    data: bytes | memoryview,
+    max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
+    max_array_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+) -> Any:
+    """The one item that `data` holds, byte strings as views of it. Raises MalformedFrame and nothing else.
+
+    An array may have `max_array_bytes`, and all that is none `max_header_bytes` together.
+    """
+    reader = _Reader(memoryview(data), max_header_bytes, max_array_bytes)
     try:
-        value, end = _Reader(memoryview(data)).item(0, 0)
+        value, end = reader.item(0, 0)
+        reader.check(end)
     except (IndexError, struct.error):
         raise MalformedFrame("CBOR ends in mid-item") from None
     except UnicodeDecodeError:
@@ -47,12 +60,14 @@ def loads(data: bytes | memoryview) -> Any:
 class _Reader:
     """Reads items of `data`; every method is told where one begins, and returns where it ends, too."""
 
-    __slots__ = ("data", "left", "length")
+    __slots__ = ("data", "left", "length", "limit", "max_array_bytes", "max_header_bytes")
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, max_header_bytes: int, max_array_bytes: int) -> None:
         self.data = data
         self.length = len(data)
         self.left = MAX_ITEMS
+        self.max_header_bytes, self.max_array_bytes = max_header_bytes, max_array_bytes
+        self.limit = max_header_bytes  # where the message must end, as far as its arrays are known
 
     def item(self, at: int, depth: int) -> tuple[Any, int]:
         first = self.data[at]
@@ -74,6 +89,8 @@ class _Reader:
             end = at + number
             if end > self.length:
                 raise IndexError
+            if end > self.limit:
+                self.check(end)
             return str(self.data[at:end], "utf-8"), end
         if major == _BYTES:
             end = at + number
@@ -87,6 +104,8 @@ class _Reader:
         self.spend(1 if major == _TAG else number, depth)
         if major == _TAG:
             value, at = self.item(at, depth + 1)
+            if number in _TYPED or number == COMPRESSED:
+                self.count(value)
             return Tag(number, value), at
         if major == _ARRAY:
             items = []
@@ -106,6 +125,22 @@ class _Reader:
                 raise MalformedFrame("CBOR has a map with a key that is no text")
             found[key], at = self.item(at, depth + 1)
         return found, at
+
+    def check(self, at: int) -> None:
+        """Refuse a message whose header is too large already."""
+        if at > self.limit:
+            raise MalformedFrame(
+                f"header, all but the arrays, exceeds the limit of {self.max_header_bytes} bytes"
+            )
+
+    def count(self, array: Any) -> None:
+        """Compressed, noise takes more room than its pixels: how many these are is checked where they are unpacked."""
+        if isinstance(array, memoryview):
+            self.limit += len(array)
+            if len(array) > self.max_array_bytes:
+                raise MalformedFrame(f"array is larger than the limit of {self.max_array_bytes} bytes")
+        elif isinstance(array, list) and array and isinstance(array[-1], memoryview):
+            self.limit += len(array[-1])
 
     def spend(self, items: int, depth: int) -> None:
         self.left -= items

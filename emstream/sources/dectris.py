@@ -87,7 +87,7 @@ class Decoder:
     def decode(self, message: bytes | memoryview, intake: Intake) -> None:
         """Take one message, whatever it holds."""
         try:
-            parsed = stream2.parse(message, intake.max_frame_bytes)
+            parsed = stream2.parse(message, intake.max_frame_bytes, intake.max_header_bytes)
             if isinstance(parsed, stream2.Image):
                 self._image(parsed, intake)
             elif isinstance(parsed, stream2.Start):

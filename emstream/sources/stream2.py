@@ -21,12 +21,11 @@ from typing import Any, TypeGuard
 
 from emstream.errors import MalformedFrame
 from emstream.frame import PIXEL_TYPES
-from emstream.sources.cbor import Tag, loads
+from emstream.sources.cbor import COMPRESSED, Tag, loads
 from emstream.sources.compressed import ALGORITHMS
 from emstream.sources.delivery import Array
 from emstream.sources.series import portable
 
-COMPRESSED = 56500
 ROW_MAJOR, COLUMN_MAJOR = 40, 1040
 # Tags of RFC 8746 whose types a frame may have.
 TYPED = {
@@ -72,9 +71,9 @@ class End:
     series: int | str
 
 
-def parse(message: bytes | memoryview, max_frame_bytes: int) -> Start | Image | End:
+def parse(message: bytes | memoryview, max_frame_bytes: int, max_header_bytes: int) -> Start | Image | End:
     """One message of the stream, checked, its pixels not yet touched."""
-    fields = loads(message)
+    fields = loads(message, max_header_bytes, max_frame_bytes)
     if not isinstance(fields, dict):
         raise MalformedFrame("message is not a CBOR map")
     kind = fields.get("type")
