@@ -47,7 +47,9 @@ def test_port_in_use_is_explained(context: Any) -> None:
     first.close(linger_s=0)
 
 
-@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://nowhere.invalid:1", "tcp://127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense", "tcp://nowhere.invalid:1", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:22x"]
+)
 def test_endpoint_that_makes_no_sense_is_explained(context: Any, endpoint: str) -> None:
     with pytest.raises(OutputError, match="--output takes"):
         Publisher(endpoint, Ledger(), context=context)
