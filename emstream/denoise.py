@@ -202,8 +202,8 @@ class _Run:
             flying.popleft()
         if not np.isfinite(frame).all():
             raise EngineError(
-                f"{self.engine.name} makes pixels that are not numbers of frame {number} of {self.movie.path}, whose "
-                f"mean is {counts.mean(dtype=np.float64):.3g} electrons/pixel; are these counts? See --gain and --offset"
+                f"{self.engine.name} makes pixels that are not numbers of frame {number} of {self.movie.path}; its "
+                f"mean is {counts.mean(dtype=np.float64):.3g} electrons/pixel; are these ADU? See --gain and --offset"
             )
         if self.comparison is not None:
             self.comparison.add(counts[0], frame)
