@@ -109,6 +109,12 @@ def test_published_frame_does_not_change_when_its_slot_is_filled_again(context: 
     assert (received[0].data == 5).all()
 
 
+@pytest.mark.parametrize("port", ["22x", "70000", "0"])
+def test_port_that_is_none_is_refused_by_a_subscriber(port: str) -> None:
+    with pytest.raises(SourceError, match=f"the port must be a number from 1 to 65535, got '?{port}"):
+        next(iter(emstream.subscribe(f"tcp://127.0.0.1:{port}")))
+
+
 def test_silence_is_explained_to_a_subscriber(tmp_path: Any) -> None:
     with pytest.raises(
         SourceError, match=r"no frame from ipc://.* within 0\.05 s; is emstream serve running"
