@@ -200,6 +200,11 @@ class _Run:
                 frame: np.ndarray = self.engine.collect(ticket)[0]
         finally:
             flying.popleft()
+        if not np.isfinite(frame).all():
+            raise EngineError(
+                f"{self.engine.name} makes pixels that are not numbers of frame {number} of {self.movie.path}; its "
+                f"mean is {counts.mean(dtype=np.float64):.3g} electrons/pixel; are these ADU? See --gain and --offset"
+            )
         if self.comparison is not None:
             self.comparison.add(counts[0], frame)
         return frame

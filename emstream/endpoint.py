@@ -29,14 +29,11 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, door: Door | None = None) -> 
 
     Without a `door` it is left open to all; with one, an address that other machines can reach takes keys.
     """
-    problem = None
-    port = endpoint.rpartition(":")[2]
-    if endpoint.startswith("tcp:") and port.isdigit() and int(port) > 65535:
-        problem = "ports end at 65535"  # ZeroMQ would silently take another one
-    elif door and door.stands_open(endpoint):
+    problem = _port_problem(endpoint, "*", "0")
+    if not problem and door and door.stands_open(endpoint):
         socket.close(linger=0)
         raise OutputError(only_with_keys(endpoint))
-    else:
+    if not problem:
         try:
             if door and door.keeper:
                 door.keeper.guard(socket)
@@ -79,14 +76,30 @@ def reachable(endpoint: str) -> bool:
 
 def connect(socket: zmq.Socket[bytes], endpoint: str, peer: Peer | None = None) -> None:
     """Connect `socket` to what a service publishes, or close it and raise SourceError."""
+    problem = _port_problem(endpoint)
     try:
-        if peer:
-            peer.introduce(socket)
-        socket.ipv6 = "[" in endpoint
-        socket.connect(endpoint)
+        if not problem:
+            if peer:
+                peer.introduce(socket)
+            socket.ipv6 = "[" in endpoint
+            socket.connect(endpoint)
     except zmq.ZMQError as error:
+        problem = error.strerror
+    if problem:
         socket.close(linger=0)
-        raise SourceError(f"cannot subscribe to {endpoint}: {error.strerror}") from None
+        raise SourceError(
+            f"cannot subscribe to {endpoint}: {problem}; a service is at tcp://HOST:PORT or ipc://PATH"
+        )
+
+
+def _port_problem(endpoint: str, *others: str) -> str | None:
+    """What is wrong with the port of a tcp address: of 22x ZeroMQ takes 22, of 70000 another one."""
+    port = endpoint.rpartition(":")[2]
+    if not endpoint.startswith("tcp://") or port in others:
+        return None
+    if not (port.isascii() and port.isdigit()):
+        return f"the port must be a number from 1 to 65535, got {port!r}"
+    return f"the port must be a number from 1 to 65535, got {port}" if not 0 < int(port) < 65536 else None
 
 
 def last_endpoint(socket: zmq.Socket[bytes]) -> str:

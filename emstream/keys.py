@@ -8,6 +8,7 @@ other side. All that passes is encrypted and cannot be altered. See http://curve
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -63,7 +64,14 @@ def make(name: str, folder: Path) -> tuple[Path, Path]:
     except OSError as error:
         for path in written:
             path.unlink()
-        raise KeyFileError(f"cannot write keys: {error.filename or folder}: {error.strerror}") from None
+        there = (
+            "; choose another name: whoever uses these would be locked out"
+            if error.errno == errno.EEXIST
+            else ""
+        )
+        raise KeyFileError(
+            f"cannot write keys: {error.filename or folder}: {error.strerror}{there}"
+        ) from None
     return public, secret
 
 

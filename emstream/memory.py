@@ -1,15 +1,24 @@
-"""How this process's allocator treats large blocks."""
+"""The machine's memory, and how this process's allocator treats large blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEPT_BYTES = 512 * 1024**2
 _LARGEST_BYTES = 32 * 1024**2  # glibc's upper limit for the threshold
 _USUAL_BYTES = 128 * 1024  # its threshold to begin with
+
+
+def physical_bytes() -> int | None:
+    """Of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def keep_freed_blocks() -> None:

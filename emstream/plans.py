@@ -127,6 +127,7 @@ def _mismatch(record: Record, path: Path) -> EmstreamError | None:
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the card's and the profile's fields beside its own."""
+    """The record with the card's and the profile's fields beside its own, but for the spectra: pages of numbers."""
     card, profile = record.pop("card"), record.pop("profile")
+    card.pop("spectra", None)
     return {**card, **record, **profile}

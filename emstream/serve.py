@@ -39,14 +39,14 @@ from emstream.inference.supervised import SupervisedEngine
 from emstream.intake import Intake, Overrun, Source
 from emstream.keys import Admitted, Doorkeeper, Peer, read_pair, read_public
 from emstream.ledger import Ledger
-from emstream.memory import blocks_that_go_back, keep_freed_blocks
+from emstream.memory import blocks_that_go_back, keep_freed_blocks, physical_bytes
 from emstream.metrics import MetricsServer, Watched, host_and_port
 from emstream.movies import open_movie
 from emstream.outputs.sockets import DEFAULT_QUEUE_BYTES
 from emstream.pipeline import Pipeline
 from emstream.publish import DEFAULT_QUEUE, Publisher
 from emstream.quality import self_test
-from emstream.ring import Ring
+from emstream.ring import Ring, rows_for
 from emstream.seldom import Seldom
 from emstream.signals import end_on_signals, stop_on_signals
 from emstream.sources import check_scheme, open_source
@@ -203,9 +203,15 @@ class Settings:
             match = re.fullmatch(r"(\d+)x(\d+):(\w+)", self.expect)
             if not match or match[3] not in PIXEL_TYPES or 0 in (int(match[1]), int(match[2])):
                 raise ValueError(
-                    f"expect must look like 512x512:uint8 (rows, columns, type), got {self.expect!r}"
+                    "expect must look like 512x512:uint8 (rows, columns, type), with a type of "
+                    f"{', '.join(PIXEL_TYPES)}, got {self.expect!r}"
                 )
             shape, dtype = (int(match[1]), int(match[2])), PIXEL_TYPES[match[3]]
+            if (nbytes := shape[0] * shape[1] * dtype.itemsize) > self.max_frame_bytes:
+                raise ValueError(
+                    f"expect {self.expect!r} is a frame of {nbytes / 2**20:,.0f} MiB, and frames above "
+                    f"{self.max_frame_bytes / 2**20:,.0f} MiB are rejected (--max-frame-mib)"
+                )
         if corrections is None:
             return shape, dtype
         if self.expect is not None:
@@ -411,6 +417,17 @@ def _check_max_batch(engine: Engine, max_batch: int) -> None:
         )
 
 
+def _check_room(slots: int, max_batch: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    """Refuse a ring that this machine's memory cannot hold, before the system runs out of it."""
+    rows = rows_for(shape, dtype, max_batch)
+    nbytes, there = slots * rows * shape[0] * shape[1] * (dtype.itemsize + 4), physical_bytes()
+    if there is not None and nbytes > there:
+        raise ValueError(
+            f"{slots:,} slots of {rows} frames of {shape[0]}x{shape[1]} {dtype.name} take {nbytes / 2**30:,.1f} GiB, "
+            f"and this machine has {there / 2**30:,.1f} GiB of memory; give fewer --slots, or a smaller --max-batch"
+        )
+
+
 def _assemble(
     settings: Settings,
     ledger: Ledger,
@@ -422,16 +439,18 @@ def _assemble(
     engine = supervised.current
     max_batch = settings.max_batch if settings.max_batch is not None else engine.best_batch
     _check_max_batch(engine, max_batch)
+    shape, dtype = settings.expected_frame(engine, corrections)
+    slots = settings.slots if settings.slots is not None else engine.depth + 2
+    _check_room(slots, max_batch, shape, dtype)
     ring = Ring(
-        slots=settings.slots if settings.slots is not None else engine.depth + 2,
+        slots=slots,
         max_batch=max_batch,
         max_wait_ns=int(settings.max_wait_ms * 1e6),
         allocate=engine.allocate,
     )
-    ring.prepare(*settings.expected_frame(engine, corrections))
+    ring.prepare(shape, dtype)
     native, others = outputs.orders(settings.output)
-    (height, width), _ = settings.expected_frame(engine, corrections)
-    limits = {"queue_bytes": settings.queue_bytes, "largest": 4 * height * width}
+    limits = {"queue_bytes": settings.queue_bytes, "largest": 4 * shape[0] * shape[1]}
     publisher = Publisher(
         native.endpoint if native else _PRIVATE_OUTPUT, ledger, settings.queue, None, door, **limits
     )

@@ -119,6 +119,11 @@ def test_values_that_make_no_sense_are_found_by_the_check(file: Path) -> None:
     [
         ("max_batch = 0", "max_batch must be at least 1 frame, got 0"),
         ("slots = 1", "slots must be at least 2 batches, got 1"),
+        ('expect = "512x512:int64"', "with a type of uint8, uint16"),
+        (
+            'expect = "100000x100000:float32"',
+            "is a frame of 38,147 MiB, and frames above 256 MiB are rejected",
+        ),
         ("queue = 0", "queue must be at least 1 message, got 0"),
         ("threads = 0", "threads must be at least 1, got 0"),
         ('precision = "f16"', "precision must be one of bf16, f32, got 'f16'"),

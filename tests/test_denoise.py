@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from emstream.cli import app
 from emstream.denoise import denoise_file, denoise_folder
 from emstream.errors import EngineError, EngineUnavailable, FileFormatError
-from emstream.inference import EngineCard, IdentityEngine
+from emstream.inference import EngineCard, IdentityEngine, load_engine
 from emstream.movies import open_movie, save_movie
 
 CARD = EngineCard(
@@ -198,6 +198,15 @@ def test_pixels_that_are_not_numbers_are_refused(tmp_path: Path, bad: float, opt
         denoise_file(saved(tmp_path, pixels), tmp_path / "out.tif", engine, **options)
     assert only(tmp_path) == ["in.npy"]
     assert engine.in_flight == 0
+
+
+def test_picture_that_is_no_number_is_not_written(tmp_path: Path) -> None:
+    pixels = np.full((2, 64, 64), 3e38, np.float32)
+    engine = load_engine(device="cpu")
+    with pytest.raises(EngineError, match=r"frame 0 of .*mean is 3e\+38 electrons/pixel"):
+        denoise_file(saved(tmp_path, pixels), tmp_path / "out.tif", engine)
+    engine.close()
+    assert only(tmp_path) == ["in.npy"]
 
 
 def test_infinities_that_cancel_are_refused_without_a_warning(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_secret_is_for_its_owner_alone(folder: Path) -> None:
 
 def test_keys_are_never_replaced(folder: Path) -> None:
     before = (folder / "service.key_secret").read_bytes()
-    with pytest.raises(KeyFileError, match=r"service\.key_secret: File exists"):
+    with pytest.raises(KeyFileError, match=r"service\.key_secret: File exists; choose another name"):
         keys.make("service", folder)
     (folder / "service.key_secret").unlink()
     with pytest.raises(KeyFileError, match=r"service\.key: File exists"):

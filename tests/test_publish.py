@@ -47,7 +47,9 @@ def test_port_in_use_is_explained(context: Any) -> None:
     first.close(linger_s=0)
 
 
-@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://nowhere.invalid:1", "tcp://127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense", "tcp://nowhere.invalid:1", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:22x"]
+)
 def test_endpoint_that_makes_no_sense_is_explained(context: Any, endpoint: str) -> None:
     with pytest.raises(OutputError, match="--output takes"):
         Publisher(endpoint, Ledger(), context=context)
@@ -102,6 +104,12 @@ def test_published_frame_does_not_change_when_its_slot_is_filled_again(context: 
     frames.close()
     publisher.close(linger_s=0)
     assert (received[0].data == 5).all()
+
+
+@pytest.mark.parametrize("port", ["22x", "70000", "0"])
+def test_port_that_is_none_is_refused_by_a_subscriber(port: str) -> None:
+    with pytest.raises(SourceError, match=f"the port must be a number from 1 to 65535, got '?{port}"):
+        next(iter(emstream.subscribe(f"tcp://127.0.0.1:{port}")))
 
 
 def test_silence_is_explained_to_a_subscriber(tmp_path: Any) -> None:

@@ -107,3 +107,10 @@ def test_third_signal_ends_a_process_that_hangs(last: signal.Signals) -> None:
     done = run(program)
     assert done.returncode == -last, done.stderr
     assert done.stdout == "stop\nstop\n"
+
+
+def test_ring_that_no_memory_holds_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"100,000,000 slots of \d+ frames of 512x512 uint8 take .* GiB of memory"
+    ):
+        build(settings(tmp_path, engine="identity", slots=100_000_000))

@@ -206,6 +206,18 @@ def refuse_known(what: str, known: Mapping[str, Any], tests: Set[tuple[str, int]
             )
 
 
+def refuse_made_from(what: str, made: Mapping[str, Any], tests: Set[tuple[str, int]]) -> None:
+    """Raise ValueError if one of the specimens `tests` made the network `what`, of which `made` tells.
+
+    It was trained on it, or chosen by it, or its teacher was, or the weights that it began from.
+    """
+    every = [made]
+    for training in every:
+        refuse_known(f"{what} was trained on", training, tests)
+        refuse_known(f"{what} was validated on", training.get("validated_on", {}), tests)
+        every += [training[key] for key in ("began_from", "taught_by") if key in training]
+
+
 def group_of(parameters: Mapping[str, Any], key: str) -> float | str:
     """Which group of `key` an image with these `parameters` belongs to."""
     if key == "tilt":

@@ -33,7 +33,7 @@ from bench import report
 from emstream import load_engine
 from train import baselines, networks, plots
 from train.command import explained, writable_folder
-from train.dataset import Images, group_of, specimens
+from train.dataset import Images, group_of, refuse_made_from, specimens
 from train.metrics import VIEW_PX, Spread, psnr_ssim
 from train.noise import PAPER_DOSE, expose
 from train.surface import Surface
@@ -154,9 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := sorted(set(arguments.doses) - {one.dose for one in tuned}) if tuned else []:
         raise ValueError(f"{arguments.baselines} holds nothing tuned at {missing} electrons/pixel")
     engines = _load_engines(arguments.engines, arguments.device)
-    for engine in engines.values():
+    for name, engine in engines.items():
         if isinstance(engine, _Checkpoint):
             engine.trained.refuse_seen(images.parameters)
+        elif engine.card is not None and engine.card.training:
+            refuse_made_from(name, engine.card.training, specimens(images.parameters))
     if arguments.out:
         writable_folder(arguments.out)
     indices = range(0, len(images), arguments.every)

@@ -320,6 +320,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
         print(f"nothing is left to do: {out} has had {step} steps in {spent_s / 3600:.2f} hours of {asked}")
     begin, saved, quickest_s = clock_s(device) - spent_s, time.monotonic(), 0.0
     losses, rates, start = [], [], step
+    if recipe.compile:
+        progress.set_postfix_str("compiling, a minute or more; --no-compile starts at once")
     while part() < 1:
         # After the warm-up, half a cosine.
         rate = recipe.learning_rate * warm_up(step, expected_steps()) * 0.5 * (1 + math.cos(math.pi * part()))
@@ -350,6 +352,8 @@ def fit(recipe: Recipe, out: Path) -> Network:
             rates.append(rate)
         step += 1
         before_s, spent_s = spent_s, agree(clock_s(device) - begin)
+        if step == start + 1 and recipe.compile:
+            progress.set_postfix_str("")
         if step > start + 1:  # the first one compiles
             quickest_s = min(quickest_s or math.inf, spent_s - before_s)
 
@@ -399,7 +403,15 @@ def main() -> None:
         recipe = replace(recipe, compile=False)
     first = int(os.environ.get("RANK", 0)) == 0
     with alone_in(arguments.out) if first else nullcontext():
-        fit(recipe, arguments.out)
+        try:
+            fit(recipe, arguments.out)
+        except (ImportError, RuntimeError) as error:  # PyTorch trusts what lies in its cache, whole or not
+            if ".so: file too short" not in str(error):
+                raise
+            raise ImportError(
+                f"{error}: a run that was killed while it compiled left this file; delete it and run again, "
+                "or give --no-compile"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from emstream.inference import EngineCard
 from train import recipe
-from train.dataset import refuse_known, specimens
+from train.dataset import refuse_made_from, specimens
 from train.models import macs_per_pixel, parameters
 
 
@@ -63,11 +63,7 @@ class Trained:
             raise ValueError(
                 f"{self.path} was trained on photographs: score it with train.photographs or train.tables"
             )
-        tests, every = specimens(parameters), [self.training]
-        for training in every:
-            refuse_known(f"{self.path} was trained on", training, tests)
-            refuse_known(f"{self.path} was validated on", training.get("validated_on", {}), tests)
-            every += [training[key] for key in ("began_from", "taught_by") if key in training]
+        refuse_made_from(str(self.path), self.training, specimens(parameters))
 
     def __call__(self, counts: Tensor) -> Tensor:
         """Run on counts of any H and W."""

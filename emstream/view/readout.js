@@ -22,7 +22,7 @@ export class Readout {
   }
 
   take(header) {
-    const before = this.latest.state;
+    const { state: before, ledger: counted } = this.latest;
     Object.assign(this.latest, header);
     if (header.frame !== undefined) {
       document.body.dataset.picture = "";
@@ -31,7 +31,8 @@ export class Readout {
     }
     const faults = this.#faultText();
     const urgent = header.state !== before || faults !== this.#faults;
-    if (faults !== this.#faults) this.#since = performance.now();
+    // What was wrong when the page was opened is older, and nobody here knows how old.
+    if (faults !== this.#faults) this.#since = counted?.received !== undefined ? performance.now() : -Infinity;
     this.#faults = faults;
     if (urgent || performance.now() - this.#readOutAt >= READOUTS_EVERY_MS) this.#readOut();
   }
@@ -142,6 +143,6 @@ function shape({ frame_shape: [height, width], exposure_s: exposure }) {
 
 function ago(milliseconds) {
   const seconds = Math.floor(milliseconds / 1000);
-  if (seconds < 2) return "";
+  if (seconds < 2 || seconds === Infinity) return "";
   return seconds < 120 ? ` · ${seconds} s ago` : ` · ${Math.floor(seconds / 60)} min ago`;
 }

@@ -388,6 +388,11 @@ def test_dose_out_of_range_and_missing_frames_turn_red(tab: Tab, view: ViewServe
     camera.go()
     tab.wait(f"{TEXT_OF % 'mark'}.startsWith('4 missing')")
     assert tab.style("mark", "backgroundColor") == RED
+    tab.wait(f"{TEXT_OF % 'mark'}.endsWith(' s ago')")
+    tab.open(view.url)  # again: how long ago it was is no longer known
+    tab.wait_for_frame_after(0)
+    tab.evaluate("new Promise((resolve) => setTimeout(resolve, 2500))")
+    assert tab.text("mark") == "4 missing, dose outside the engine's range"
 
 
 def test_estimate_of_the_quality_is_shown_and_what_contradicts_it_is_red(
@@ -464,7 +469,15 @@ def test_page_reconnects_by_itself(tab: Tab, view: ViewServer, camera: Camera) -
 
 @pytest.mark.parametrize(
     ("width", "height", "stacked"),
-    [(1440, 900, False), (1180, 820, False), (1024, 768, False), (820, 1180, True), (390, 844, True)],
+    [
+        (1440, 900, False),
+        (1180, 820, False),
+        (1024, 768, False),
+        (820, 1180, False),
+        (768, 1024, False),
+        (800, 1280, True),
+        (390, 844, True),
+    ],
 )
 def test_page_fits_screens_of_all_sizes(
     tab: Tab, view: ViewServer, camera: Camera, width: int, height: int, stacked: bool

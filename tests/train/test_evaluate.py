@@ -214,7 +214,7 @@ class Blur:
     """Stands in for an engine."""
 
     def __init__(self, path: Path) -> None:
-        self.name = path.stem
+        self.name, self.card = path.stem, None
         self.identity = {"name": self.name, "device": "none"}
 
     def denoise(self, counts: np.ndarray) -> np.ndarray:
@@ -562,6 +562,18 @@ def test_networks_are_not_tested_on_specimens_that_they_were_trained_on(
     ):
         {"tables": tables, "evaluate": evaluate}[command].main([*arguments, "--out", str(tmp_path / "out")])
     networks.load(path).refuse_seen([{"seed": 98, "material": "au_srtio3"}, {"seed": 100}])
+
+
+def test_engines_are_not_tested_on_specimens_that_their_cards_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seeded(ToyImages):
+        def __init__(self, directory: Path | None = None) -> None:
+            super().__init__()
+            for one in self.parameters:
+                one |= {"seed": 959, "material": "pt_ceo2"}
+
+    monkeypatch.setattr(evaluate, "Images", Seeded)
+    with pytest.raises(SystemExit, match=r"error: wide64 was trained on specimens 0-959 of pt_ceo2, .* 959"):
+        evaluate.main([str(Path(__file__).parents[2] / "engines/wide64.onnx"), "toy"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
