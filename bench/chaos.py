@@ -3,13 +3,16 @@
 Each schedule, seeded, is a service of its own (identity engine, recorder beside it, overrun block) and a
 random sequence of: the camera dies in mid-message and comes back with a new series; a viewer is killed; one
 stops reading; the recorder is killed, or meets a full disk; the whole service stands still (SIGSTOP); a flood
-of garbage; frames of other sizes; time stamps that jump. Every frame carries a checksum of its pixels.
+of garbage; frames of other sizes; time stamps that jump. In every other schedule the engine is elsewhere, on two
+inference servers (`bench.kserve`), of which one is killed, both are, or one stands still. Every frame carries a
+checksum of its pixels.
 
 Exact: the ledger adds up; every frame published was sent, in order, once, with its own pixels; all
-that was received came out; what the recordings hold together are frames that were published, in order, once,
-unaltered, and all of them but those that the recorder's report says were lost or never heard, which there are only
-if it was killed or its disk was full. Back: from the end of an event to the next published frame; after the
-recorder was killed, from then to the next recorded one.
+that was received came out, but for what failed because both inference servers were killed; what the recordings
+hold together are frames that were published, in order, once, unaltered, and all of them but those that the
+recorder's report says were lost or never heard, which there are only if it was killed or its disk was full. Back:
+from the end of an event to the next published frame; after the recorder was killed, from then to the next
+recorded one; after an inference server was killed, from then, and after both were, from when they are there again.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,8 @@ import numpy as np
 import psutil
 import zmq
 
-from bench import malformed, report
+from bench import kserve, malformed, report
+from bench.kserve import Server
 from bench.program import Program
 from emstream import wire
 from emstream.errors import FileFormatError
@@ -45,6 +49,7 @@ from emstream.recording import Recording
 TARGET_S = 2.0
 _SIZES = ((64, 64), (64, 64), (128, 96), (33, 47))
 _PATIENCE_S = 30.0
+_RECONNECTED_S = 1.2  # a service finds out within a second that a server is back
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -75,6 +80,8 @@ class Stage:
 
     folder: Path
     rng: random.Random
+    engines: Sequence[Server] = ()
+    """Inference servers; without any, the service has an engine of its own."""
     context: zmq.Context[zmq.Socket[bytes]] = field(default_factory=zmq.Context)
     sent: set[tuple[int, int]] = field(default_factory=set)
     seen: list[tuple[int, int]] = field(default_factory=list)
@@ -83,6 +90,7 @@ class Stage:
     series: int = 0
     frame: int = 0
     disk_was_full: bool = False
+    engines_were_gone: bool = False
     killed_ns: list[int] = field(default_factory=list)
     """When the recorder was killed [ns since the Unix epoch]."""
     recording: dict[str, Any] = field(default_factory=dict)
@@ -93,8 +101,10 @@ class Stage:
     def __post_init__(self) -> None:
         self.camera: zmq.Socket[bytes] | None = None
         self.appear()
+        hosts = ",".join(server.host for server in self.engines)
+        engine = f"grpc://{hosts}/{kserve.MODEL}" if hosts else "identity"
         self.program = Program(
-            self.folder, "--engine", "identity", "--overrun", "block", "--slots", "64", "--queue", "1000000",
+            self.folder, "--engine", engine, "--overrun", "block", "--slots", "64", "--queue", "1000000",
             "--queue-mib", "100000",
             "--input", f"pull+ipc://{self.folder}/camera", "--output", f"ipc://{self.folder}/out",
             "--expect", "64x64:uint8", "--record", str(self.folder / "run.h5"), "--control", f"ipc://{self.folder}/control",
@@ -247,6 +257,43 @@ class Stage:
         for jump_s in (-3600, 3600, -(10**9), 10**9):
             self.send(5, timestamp_ns=max(0, now_ns() + jump_s * 10**9))
 
+    def engine_is_killed(self) -> float:
+        """The other one does its work; returns how soon a frame came out [s]."""
+        server = self.rng.choice(self.engines)
+        self.send(self.rng.randrange(1, 100))
+        server.kill()
+        back_s = self.back_s()
+        server.start()
+        time.sleep(_RECONNECTED_S)
+        return back_s
+
+    def engines_are_killed(self) -> float:
+        """Returns how soon after they are there again a frame came out [s]."""
+        self.engines_were_gone = True
+        for server in self.engines:
+            server.kill()
+        self.send(self.rng.randrange(1, 100))
+        for server in self.engines:
+            server.start()
+        begin, before = time.monotonic(), len(self.seen)
+
+        def goes_on() -> bool:
+            self.send()
+            time.sleep(0.01)
+            return len(self.seen) > before
+
+        self._wait(goes_on, "a frame from an engine that is back")
+        back_s = self.last_s - begin
+        time.sleep(_RECONNECTED_S)
+        return back_s
+
+    def engine_stands_still(self) -> None:
+        server = self.rng.choice(self.engines)
+        server.process.send_signal(signal.SIGSTOP)
+        self.send(self.rng.randrange(1, 100))
+        time.sleep(self.rng.uniform(0.2, 3.0))
+        server.process.send_signal(signal.SIGCONT)
+
     def _recorder(self) -> psutil.Process:
         """The one process of the service's own that is none of Python's."""
         found: list[psutil.Process] = []
@@ -279,9 +326,9 @@ class Stage:
         self.vanish()
         self.context.destroy(linger=0)
         counted = said["ledger"]
-        if counted["in_flight"] or counted["dropped"] or counted["failed"]:
+        if counted["in_flight"] or counted["dropped"] or (counted["failed"] and not self.engines_were_gone):
             self.wrong.append(f"frames did not come out: {counted}")
-        if counted["received"] != counted["published"] + counted["rejected"]:
+        if counted["received"] != counted["published"] + counted["rejected"] + counted["failed"]:
             self.wrong.append(f"the ledger does not add up: {counted}")
         if counted["published"] != len(self.seen):
             self.wrong.append(f"{counted['published']} frames published and {len(self.seen)} seen")
@@ -332,18 +379,23 @@ EVENTS: tuple[Callable[[Stage], float | None], ...] = (
     Stage.disk_is_full, Stage.service_stands_still, Stage.garbage_floods_in, Stage.frames_change_their_size,
     Stage.clock_jumps,
 )  # fmt: skip
+EVENTS_OF_SERVERS = (Stage.engine_is_killed, Stage.engines_are_killed, Stage.engine_stands_still)
 
 
 def schedule(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One schedule: which events, how soon the service was back after each, and what was wrong."""
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
-        stage = Stage(Path(name), rng)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        servers = [Server() for _ in range(2 * (seed % 2))]
+        for server in servers:
+            stack.callback(server.kill)
+        stage = Stage(Path(name), rng, servers)
+        kinds = EVENTS + (EVENTS_OF_SERVERS if servers else ())
         events = []
         try:
             stage.send(20)
             for _ in range(arguments.events):
-                event = rng.choice(EVENTS)
+                event = rng.choice(kinds)
                 recording_s = event(stage)
                 back_s = stage.back_s() if recording_s is None else recording_s
                 events.append({"event": event.__name__, "back_s": round(back_s, 3)})

@@ -11,6 +11,7 @@ import pytest
 
 from emstream.errors import BatchRefused, EngineError
 from emstream.inference import IdentityEngine
+from emstream.inference.shared import SharedEngine
 from emstream.inference.supervised import RELOAD_AFTER, SupervisedEngine
 
 
@@ -234,3 +235,20 @@ def test_close_closes_all_even_when_one_cannot() -> None:
     assert first.closed
     assert second.closed
     assert fallback.closed
+
+
+def test_batches_of_an_engine_that_dies_are_done_by_one_that_was_dead_before() -> None:
+    parts = [Late(1), Late(1)]
+    engine = SupervisedEngine(SharedEngine(parts))
+    for dead, alive in (parts, parts[::-1], parts):
+        dead.fails, alive.fails = broken, lambda counts: None
+        tickets = [engine.submit(*batch(value)) for value in range(5)]
+        assert [int(engine.collect(ticket)[0, 0, 0]) for ticket in tickets] == [1, 2, 3, 4, 5]
+
+
+def test_batch_that_fails_once_is_done_by_the_only_engine_that_lives() -> None:
+    parts = [Late(1, broken), Late(1)]
+    engine = SupervisedEngine(SharedEngine(parts))
+    engine.collect(engine.submit(*batch(0)))
+    parts[1].fails = once(pixel=3)
+    assert int(engine.collect(engine.submit(*batch(3)))[0, 0, 0]) == 4

@@ -36,6 +36,8 @@ class Engine(ABC):
     """Frames per batch beyond which the engine gains nothing."""
     max_batch: int | None = None
     """Most frames per batch; None for any number."""
+    attempts: int = 1
+    """How often a batch that failed is worth another try: once for each device that it may get."""
     largest_px: tuple[int, int] | None = None
     """Rows and columns of the largest frame it takes whole; None for any."""
     made_for: tuple[tuple[int, int], np.dtype[Any]] | None = None

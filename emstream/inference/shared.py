@@ -42,6 +42,10 @@ class SharedEngine(Engine):
         self._under_way = [0] * len(engines)
         self._resting = [0] * len(engines)  # batches yet to be given to others
         self._next_rest = [_REST[0]] * len(engines)
+        self._failures = 0
+        self._failed_at = [0] * len(
+            engines
+        )  # which of these it was that was last its own; 0: none since it did well
         self._last = len(engines) - 1  # the one chosen last
         self._lock = threading.Lock()
         self.name, self.sha256, self.card = first.name, first.sha256, first.card
@@ -51,6 +55,7 @@ class SharedEngine(Engine):
         self.max_batch = min((each.max_batch for each in engines if each.max_batch is not None), default=None)
         self.largest_px = first.largest_px
         self.made_for = first.made_for
+        self.attempts = len(engines)
 
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._engines[0].allocate(nbytes)  # page-locked for every GPU
@@ -93,20 +98,30 @@ class SharedEngine(Engine):
             engine.close()
 
     def _choose(self) -> int:
-        """The engine with the least to do of those that are not resting, in turns; lock held."""
+        """The engine with the least to do of those that are not resting, in turns; lock held.
+
+        When all are, the one that failed longest ago, or has done well since: nobody else is left.
+        """
         load = [n / engine.depth for n, engine in zip(self._under_way, self._engines, strict=True)]
-        awake = [place for place, rest in enumerate(self._resting) if not rest and load[place] < 1]
+        free = [place for place, part in enumerate(load) if part < 1]
+        awake = [place for place in free if not self._resting[place]]
         turn = [(place - self._last - 1) % len(load) for place in range(len(load))]
-        self._last = min(awake or range(len(load)), key=lambda place: (load[place], turn[place]))
+        long_ago = [0] * len(load) if awake else self._failed_at
+        self._last = min(
+            awake or free or range(len(load)), key=lambda place: (long_ago[place], load[place], turn[place])
+        )
         return self._last
 
     def _settle(self, place: int, error: BaseException | None = None) -> None:
         with self._lock:
             self._under_way[place] -= 1
             if error is None:
-                self._next_rest[place] = _REST[0]
-            if error is None or len(self._engines) == 1 or _is_the_batchs_fault(error):
+                self._next_rest[place], self._failed_at[place] = _REST[0], 0
                 return
+            if len(self._engines) == 1 or _is_the_batchs_fault(error):
+                return
+            self._failures += 1
+            self._failed_at[place] = self._failures
             if self._resting[place]:  # of what it had when it failed
                 return
             rest = self._resting[place] = self._next_rest[place]

@@ -170,14 +170,16 @@ class SupervisedEngine:
         for other in self._flying:
             self._finish(other)
         first = ticket.error
-        self._again(ticket)
-        if ticket.error is None:
-            if self._mended.note(f"{type(first).__name__}: {first}"):
-                log.warning(
-                    "%s failed on a batch and did it at the second attempt: %s", ticket.engine.name, first
-                )
-            self._failed_in_a_row = 0
-            return
+        for _ in range(self._current.attempts):
+            self._again(ticket)
+            if ticket.error is None:
+                if self._mended.note(f"{type(first).__name__}: {first}"):
+                    log.warning(
+                        "%s failed on a batch and did it at another attempt: %s", ticket.engine.name, first
+                    )
+                self._failed_in_a_row = 0
+                return
+        assert ticket.error is not None
         self._failed_in_a_row += 1
         if self._failed_in_a_row < RELOAD_AFTER:
             return

@@ -92,7 +92,7 @@ class TiledEngine(Engine):
             raise ValueError(f"tiles of {tile_px} px are too small: {self._too_small()}")
         self.name, self.device, self.sha256 = engine.name, engine.device, engine.sha256
         self.card, self.depth, self.best_batch = engine.card, engine.depth, engine.best_batch
-        self.max_batch, self.made_for = engine.max_batch, engine.made_for
+        self.max_batch, self.made_for, self.attempts = engine.max_batch, engine.made_for, engine.attempts
 
     def allocate(self, nbytes: int) -> np.ndarray:
         return self._engine.allocate(nbytes)
