@@ -19,6 +19,7 @@ import zmq
 
 from emstream import wire
 from emstream.endpoint import Door
+from emstream.errors import EngineError
 from emstream.frame import FrameHeader, now_ns
 from emstream.ledger import Ledger
 from emstream.outputs import Output
@@ -29,7 +30,9 @@ from emstream.ring import SeriesMark, Slot
 DENOISED, RAW, STATS = b"denoised", b"raw", b"stats"
 DEFAULT_QUEUE = 64
 _NEWEST = ("source", "series", "frame", "shape", "units", "pixel_size_m", "exposure_s", "dose", "in_domain")
-_DOSE_ROW_STEP = 8  # the dose is the mean over every eighth row: 0.004 electrons off at 512x512
+_ROW_STEP = 8
+"""The dose is the mean over every eighth row, 0.004 electrons off at 512x512; and what is no number spreads over a
+field of view, so that it is found there, too."""
 
 
 class Publisher:
@@ -89,6 +92,8 @@ class Publisher:
         """Send one frame, and count it once it is sent; other outputs get it all the same."""
         assert slot.maker is not None
         header, counts, result = slot.headers[row], slot.counts[row], slot.result[row]
+        if not np.isfinite(result[::_ROW_STEP]).all():
+            raise EngineError("the engine made values of it that are no numbers (NaN or infinite)")
         raw = wire.map_of(header)
         message = {**raw, "type": "float32"}
         # A camera has no say in these.
@@ -189,6 +194,6 @@ class Publisher:
 
 def _domain(counts: np.ndarray, dose_range: tuple[float, float]) -> tuple[float, bool]:
     """The frame's dose [electrons/pixel] and whether it lies in the range that an engine was trained for."""
-    dose = float(np.mean(counts[::_DOSE_ROW_STEP]))
+    dose = float(np.mean(counts[::_ROW_STEP]))
     low, high = dose_range
     return round(dose, 4), low <= dose <= high

@@ -55,6 +55,23 @@ def test_endpoint_that_makes_no_sense_is_explained(context: Any, endpoint: str) 
         Publisher(endpoint, Ledger(), context=context)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_picture_that_is_no_number_has_failed_and_is_not_sent(
+    context: Any, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    ledger = Ledger()
+    publisher = Publisher("tcp://127.0.0.1:*", ledger, context=context)
+    slot = batch(3)
+    for _ in range(3):
+        ledger.receive()
+    slot.result[1, 20:40, 20:40] = value
+    publisher.publish(slot)
+    publisher.close(linger_s=0)
+    assert (ledger.snapshot()["published"], ledger.snapshot()["failed"]) == (2, 1)
+    assert "a frame could not be sent" in caplog.text
+    assert "the engine made values of it that are no numbers" in caplog.text
+
+
 def test_subscriber_that_never_reads_holds_nobody_up(context: Any, tmp_path: Any) -> None:
     ledger = Ledger()
     publisher = Publisher(f"ipc://{tmp_path}/out", ledger, queue=4, context=context)
