@@ -408,20 +408,29 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     """Percentiles over load, and the stages of the median frame."""
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError:
         print(f"no {path.name}: matplotlib is not installed", file=sys.stderr)
         return
     runs = [run for run in results["runs"] if run["overrun"] == Overrun.drop_oldest and run["arrived"]]
     loads = [run["load"] for run in runs]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    looks: dict[str, dict[str, Any]] = {
+        "p50": {"marker": "o"},
+        "p99": {"marker": "s"},
+        "p99_9": {"marker": "D", "ms": 4},
+        "max": {"marker": "o", "ms": 11, "mfc": "none", "ls": ":"},  # around p99.9, which is often the same
+    }
     for name in report.PERCENTILES:
-        left.plot(loads, [run["latency_ms"][name] for run in runs], "o-", label=name.replace("_", "."))
+        values = [run["latency_ms"][name] for run in runs]
+        left.plot(loads, values, label=name.replace("_", "."), **looks[name])
     left.axhline(results["engine"]["ms"], color="0.5", ls="--", lw=1, label="engine alone, median")
     left.set(
         yscale="log", xlabel="offered load / engine's own rate", ylabel="due at the camera to subscriber [ms]"
     )
     left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    left.yaxis.set_minor_locator(NullLocator())
     left.legend(frameon=False)
     bottom = np.zeros(len(runs))
     for stage, label in STAGES.items():

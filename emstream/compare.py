@@ -1,8 +1,8 @@
 """What goes into a talk: raw beside denoised, as a film (.mp4, .gif) or as a sheet of frames (.png).
 
 Grey levels are the same all along: for each side those between the 0.5th and the 99.5th percentile of its
-first frames, and for the raw side of its frames blurred to what an eye sees at a distance. A scale bar is
-drawn where the pixel size is known.
+first frames, and for the raw side of its frames blurred to what an eye sees at a distance. A strip above the
+two names them and the frame, which counts from 0; a scale bar is drawn where the pixel size is known.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Comparison:
         sheet = path.suffix.lower() == ".png"
         count = min(frames, SHEET_FRAMES)
         self._wanted = {round(n * (frames - 1) / max(count - 1, 1)) for n in range(count)} if sheet else None
-        self._number = 0
-        self._early: list[tuple[np.ndarray, np.ndarray]] = []
+        self._number, self._last = 0, frames - 1
+        self._early: list[tuple[int, np.ndarray, np.ndarray]] = []
         self._levels: tuple[tuple[float, float], tuple[float, float]] | None = None
         self._tiles: list[np.ndarray] = []
         self._film: _Film | _Animation | None = None
@@ -81,14 +81,14 @@ class Comparison:
         if self._wanted is not None and number not in self._wanted:
             return
         if self._levels is None:
-            self._early.append((raw.copy(), denoised.copy()))
+            self._early.append((number, raw.copy(), denoised.copy()))
             if len(self._early) < _LOOK_AT:
                 return
         with _told(self._path):
             if self._early:
                 self._begin()
             else:
-                self._draw(raw, denoised)
+                self._draw(number, raw, denoised)
 
     def finish(self) -> None:
         """After the last frame: write what is left. The file has another name until the ``with`` block ends.
@@ -122,13 +122,13 @@ class Comparison:
     def _begin(self) -> None:
         """Fix the grey levels and draw what waited for them."""
         if self._levels is None and self._early:
-            raw, denoised = (np.stack(side) for side in zip(*self._early, strict=True))
+            raw, denoised = (np.stack([pair[side] for pair in self._early]) for side in (1, 2))
             self._levels = _range(binned(raw, 4)), _range(denoised)
         early, self._early = self._early, []
         for pair in early:
             self._draw(*pair)
 
-    def _draw(self, raw: np.ndarray, denoised: np.ndarray) -> None:
+    def _draw(self, number: int, raw: np.ndarray, denoised: np.ndarray) -> None:
         assert self._levels is not None
         shrink = math.ceil(max(raw.shape) / _LARGEST_SIDE_PX)
         sides = [
@@ -139,6 +139,8 @@ class Comparison:
             draw_scale_bar(sides[1], self._pixel_size_m * shrink)
         gap = np.full((sides[0].shape[0], _GAP_PX), _PAPER, np.uint8)
         picture = np.hstack([sides[0], gap, sides[1]])
+        if (strip := titles(sides[0].shape, number, self._last)) is not None:
+            picture = np.vstack([strip, picture])
         if self._path.suffix.lower() == ".png":
             self._tiles.append(picture)
             return
@@ -249,6 +251,24 @@ def grey(frame: np.ndarray, low: float, high: float) -> np.ndarray:
     """(H, W) uint8, `low` black and `high` white."""
     scaled = (frame - low) * (255 / max(high - low, 1e-9))
     return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def titles(shape: tuple[int, ...], number: int, last: int) -> np.ndarray | None:
+    """A strip (h, 2 W + gap) that names both sides, (H, W) each, and the frame.
+
+    None where they are too small for the title of the `last` frame.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = shape
+    size = max(12, height // 32)
+    strip = Image.new("L", (2 * width + _GAP_PX, 2 * (3 * size // 4)), _PAPER)  # even, as films like it
+    pen = ImageDraw.Draw(strip)
+    if height < 40 or pen.textlength(f"denoised   frame {last}", font_size=size) > width:
+        return None
+    for left, name in ((0, "raw"), (width + _GAP_PX, "denoised")):
+        pen.text((left, size // 8), f"{name}   frame {number}", fill=_WHITE, font_size=size)
+    return np.asarray(strip)
 
 
 def draw_scale_bar(picture: np.ndarray, pixel_size_m: float) -> None:

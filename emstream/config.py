@@ -28,38 +28,39 @@ PREFIX = "EMSTREAM"
 """Of environment variables."""
 
 
-def read(path: Path, commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read(path: Path, commands: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The file's tables, for click's ``default_map``; every key an option of its command, every value of its type.
 
-    Raises ConfigError that names the file, the table and the key.
+    What is wrong is left out and comes as a sentence that names the file, the table and the key.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        return {}, [f"cannot read {path}: {error.strerror}"]
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        return {}, [f"{path} is not TOML: {error}"]
     checked: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     commands = {name: command for name, command in commands.items() if not hasattr(command, "commands")}
     for name, values in tables.items():
         command = commands.get(name)
         if not isinstance(values, dict):
-            raise ConfigError(
+            problems.append(
                 f"{path}: {name} = {values!r} is in no table; options go below the [command] they belong to"
             )
-        if command is None:
-            raise ConfigError(f"{path}: [{name}] is no command with options{_near(name, commands)}")
-        options = {
-            str(option.name): option for option in command.params if option.param_type_name == "option"
-        }
-        for key, value in values.items():
-            option = options.get(key.replace("-", "_"))
-            if option is None:
-                raise ConfigError(f"{path}: [{name}] has no option {key!r}{_near(key, options)}")
-            if str(option.name) in checked.get(name, {}):
-                raise ConfigError(f"{path}: [{name}] has {option.name} twice, with - and with _")
-            checked.setdefault(name, {})[str(option.name)] = _value(path, name, command, option, value)
-    return checked
+        elif command is None:
+            problems.append(f"{path}: [{name}] is no command with options{_near(name, commands)}")
+        else:
+            checked[name] = {}
+            for key, value in values.items():
+                try:
+                    option = _option(path, name, command, key)
+                    if option.name in checked[name]:
+                        raise ConfigError(f"{path}: [{name}] has {option.name} twice, with - and with _")
+                    checked[name][option.name] = _value(path, name, command, option, value)
+                except ConfigError as error:
+                    problems.append(str(error))
+    return checked, problems
 
 
 def misspelt(environment: Mapping[str, str], root: Any) -> list[str]:
@@ -78,6 +79,14 @@ def _variables(command: Any, prefix: str) -> Iterator[str]:
             yield option.envvar or f"{prefix}_{option.name.upper()}"
     for name, each in getattr(command, "commands", {}).items():
         yield from _variables(each, f"{prefix}_{name.upper().replace('-', '_')}")
+
+
+def _option(path: Path, name: str, command: Any, key: str) -> Any:
+    options = {str(option.name): option for option in command.params if option.param_type_name == "option"}
+    option = options.get(key.replace("-", "_"))
+    if option is None:
+        raise ConfigError(f"{path}: [{name}] has no option {key!r}{_near(key, options)}")
+    return option
 
 
 def _value(path: Path, name: str, command: Any, option: Any, value: Any) -> Any:
@@ -112,6 +121,8 @@ class InForce:
     option: str
     value: Any
     source: str
+    stands_for: str
+    """What a value of None means, as the option's help says it."""
 
 
 def in_force(context: Any, path: Path | None) -> list[InForce]:
@@ -123,7 +134,8 @@ def in_force(context: Any, path: Path | None) -> list[InForce]:
             "DEFAULT_MAP": str(path),
             "ENVIRONMENT": f"environment: {_variable(context, option)}",
         }.get(_source(context, option), "default")
-        found.append(InForce(option.name, context.params.get(option.name), where))
+        means = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
+        found.append(InForce(option.name, context.params.get(option.name), where, means[1] if means else "-"))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -290,7 +291,10 @@ class Service:
         """
         load = partial(_load_prepared, replace(self.settings, engine=path), self.corrections)
         try:
-            engine = load()
+            try:
+                engine = load()
+            except EngineNotFound as error:  # whoever asked may be in another folder, on another machine
+                raise EngineNotFound(f"{error}; looked for {_from_here(path)}") from None
             try:
                 _check_max_batch(engine, self.ring.max_batch)
                 if self.ring.newest is not None:
@@ -332,6 +336,12 @@ class Service:
         self.engine.close()
         if self.door.keeper:
             self.door.keeper.close()
+
+
+def _from_here(path: str | Path) -> str:
+    """Where a file of that name is looked for: the folder, if the name has none of its own, and the machine."""
+    machine = f"on {socket.gethostname()}"
+    return machine if Path(path).is_absolute() else f"in {Path.cwd()} {machine}"
 
 
 def _text(question: Mapping[str, Any], key: str) -> str:

@@ -16,9 +16,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emstream import recorded, trusted, wire
+from emstream import figures, recorded, trusted, wire
 from emstream.endpoint import connect
 from emstream.errors import MalformedFrame, SourceError
+from emstream.figures import FAULTS, SETTLED, STAGES, digits, grouped
 from emstream.keys import Peer
 from emstream.printable import printable
 from emstream.publish import STATS
@@ -26,14 +27,6 @@ from emstream.publish import STATS
 SILENT_S = 3.0  # the service says something every second
 _QUIET_NS = 2_000_000_000
 _RATE_SPAN_NS = 900_000_000  # at least: news of a recorder come in between
-FAULTS = ("missing", "dropped", "rejected", "failed")
-_SETTLED = ("published", "dropped", "rejected", "failed", "in_flight")
-_STAGES = {
-    "camera": "camera_to_received",
-    "wait": "received_to_batched",
-    "infer": "batched_to_inferred",
-    "send": "inferred_to_published",
-}
 _STYLES = {"live": "green", "quiet": "yellow", "waiting": "yellow", "silent": "bold red"}
 _SAID = {
     "live": "live",
@@ -111,47 +104,29 @@ def panel(status: dict[str, Any]) -> RenderableType:
     table.add_row(
         "frame",
         Text(
-            f"{_grouped(newest.get('frame'))}   series {newest.get('series', '-')}  {newest.get('source', '')}"
+            f"{grouped(newest.get('frame'))}   series {newest.get('series', '-')}  {newest.get('source', '')}"
         ),
     )
     inside = {True: "in the engine's range", False: "outside the engine's range"}.get(newest.get("in_domain"))
     table.add_row(
         "dose",
         Text(
-            f"{_digits(newest.get('dose'))} electrons/px   {inside or ''}",
+            f"{digits(newest.get('dose'))} electrons/px   {inside or ''}",
             style="bold red" if newest.get("in_domain") is False else "",
         ),
     )
     shape = " x ".join(str(length) for length in newest.get("shape", ()))
-    table.add_row("rate", f"{_digits(status['frames_per_s'])} frames/s   {shape} px")
-    table.add_row(
-        "latency",
-        f"p50 {_digits(latency.get('p50'))}  p99 {_digits(latency.get('p99'))}  "
-        f"max {_digits(latency.get('max'))} ms",
-    )
-    table.add_row(
-        "stages",
-        "  ".join(f"{name} {_digits(latency[stage])}" for name, stage in _STAGES.items() if stage in latency)
-        + " ms (p50)",
-    )
-    if (trust := status.get("trust")) and (trust["psnr_db"] or trust["state"]):
-        table.add_row("quality", _quality(trust))
-    if trust and (given := trust["likelihood"]):
-        low, value, high = (f"{1000 * given[key]:.2f}" for key in ("low", "value", "high"))
-        table.add_row("likelihood", f"{value} ({low} to {high}) millinats/px against an even grey")
-    table.add_row("ledger", _ledger(status["ledger"]))
+    table.add_row("rate", f"{digits(status['frames_per_s'])} frames/s   {shape} px")
+    table.add_row("latency", figures.latency(latency))
+    table.add_row("stages", figures.stages(latency))
+    if trust := status.get("trust"):
+        for name, text in figures.trust(trust):
+            table.add_row(name, text)
+    table.add_row("ledger", figures.ledger(status["ledger"]))
     if recording := status.get("recording"):
         table.add_row("recording", _recording(recording))
-    name = f"{engine.get('name', '-')} {str(engine.get('sha256', ''))[:8]}"
-    table.add_row("engine", Text(f"{name}   {engine.get('device', '')}"))
+    table.add_row("engine", Text(figures.engine(engine)))
     return table
-
-
-def _quality(trust: dict[str, Any]) -> str:
-    if trust["psnr_db"] is None:
-        return f"{trust['state']} yet"
-    estimate = trust["psnr_db"]
-    return f"PSNR {estimate['value']:.1f} dB ({estimate['low']:.1f}-{estimate['high']:.1f}), estimated from the stream"
 
 
 def _receive(socket: zmq.Socket[bytes], silent_s: float) -> dict[str, Any] | None:
@@ -172,11 +147,11 @@ def _figures(endpoint: str, message: dict[str, Any]) -> dict[str, Any]:
     """What a message from the wire, which may be anything, says in numbers and short texts."""
     ledger = {
         name: int(n)
-        for name, n in wire.numbers(message.get("ledger"), ("received", *_SETTLED, "missing")).items()
+        for name, n in wire.numbers(message.get("ledger"), ("received", *SETTLED, "missing")).items()
     }
     latency = wire.numbers(message.get("latency_ms"), ("p50", "p99", "p99_9", "max"))
     stages = message["latency_ms"] if latency else {}
-    for stage in _STAGES.values():
+    for stage in STAGES.values():
         if (p50 := wire.numbers(stages.get(stage), ["p50"])) is not None and p50:
             latency[stage] = p50["p50"]
     newest = _newest(message.get("newest"))
@@ -240,36 +215,15 @@ def _rate(before: dict[str, Any], message: dict[str, Any]) -> float | None:
     return round((last - first) / span_ns * 1e9, 3)
 
 
-def _ledger(ledger: dict[str, int]) -> Text:
-    """``received 85 = published 83 + dropped 2 + ...``, what went wrong in red."""
-    text = Text(f"received {_grouped(ledger.get('received'))} =")
-    for i, name in enumerate((*_SETTLED, "missing")):
-        sign = "   " if name == "missing" else " + " if i else " "
-        wrong = name in FAULTS and ledger.get(name)
-        text.append(sign)
-        text.append(
-            f"{name.replace('_', ' ')} {_grouped(ledger.get(name))}", style="bold red" if wrong else ""
-        )
-    return text
-
-
 def _recording(recording: dict[str, Any]) -> Text:
     state, frames = recording["state"], recording["frames"]
     text = Text(state, style="bold red" if recording["faults"] else "")
     if state == "looking back":
         text.append(f"   the last {recording.get('look_back_s', 0):.0f} s")
     if frames.get("raw"):
-        text.append(f"   {_grouped(frames['raw'])} raw  {_grouped(frames.get('denoised'))} denoised")
+        text.append(f"   {grouped(frames['raw'])} raw  {grouped(frames.get('denoised'))} denoised")
     if (seconds := recording.get("disk_s")) is not None:
         text.append(f"   disk for {recorded.duration(seconds)}")
     if "path" in recording:
         text.append(f"   {recording['path']}")
     return text
-
-
-def _grouped(number: float | None) -> str:
-    return "-" if number is None else f"{number:,}"
-
-
-def _digits(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"

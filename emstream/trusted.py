@@ -19,6 +19,7 @@ _LONGEST = 100
 def trust_of(message: dict[str, Any]) -> dict[str, Any]:
     """From a message that may hold anything: ``psnr_db`` and ``likelihood`` {value, low, high}, or None.
 
+    ``fano``, a number, and ``spectrum`` {distance, farthest, in_domain} are None, too, where they are not known.
     ``state`` is "insufficient data" while the quality is not known, and None where nothing is estimated;
     ``faults`` says what is wrong in words.
     """
@@ -26,6 +27,8 @@ def trust_of(message: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "psnr_db": None,
         "likelihood": None,
+        "fano": None,
+        "spectrum": None,
         "state": None,
         "faults": _faults_of(message),
     }
@@ -39,14 +42,18 @@ def trust_of(message: dict[str, Any]) -> dict[str, Any]:
         found["state"] = INSUFFICIENT
     if (likelihood := found["likelihood"]) and likelihood["high"] < _CONTRADICTED:
         found["faults"].append("the counts contradict the picture")
-    fano = wire.numbers(said, ["fano"]).get("fano")
+    found["fano"] = fano = wire.numbers(said, ["fano"]).get("fano")
     if fano is not None and not _POISSON[0] <= fano <= _POISSON[1]:
         found["faults"].append(
             f"frames are no counts, or the picture is wrong (Fano factor {fano:.3g}); check --gain"
         )
     spectrum = said.get("spectrum")
-    if isinstance(spectrum, dict) and spectrum.get("in_domain") is False:
+    in_domain = spectrum.get("in_domain") if isinstance(spectrum, dict) else None
+    if in_domain is False:
         found["faults"].append("unlike all that the engine was trained on; check the pixel size")
+    distances = wire.numbers(spectrum, ("distance", "farthest"))
+    if len(distances) == 2 and isinstance(in_domain, bool):
+        found["spectrum"] = {**distances, "in_domain": in_domain}
     return found
 
 

@@ -72,12 +72,16 @@ def test_viewers_are_compared_with_nobody_in_one_run(bench: Any) -> None:
 
 def test_cameras_compare_with_the_library_and_lose_nothing(bench: Any) -> None:
     pytest.importorskip("dectris.compression", reason="needs: pip install 'emstream[cameras]' bitshuffle")
+    from bench.cameras import _markdown
+
     results = bench("cameras", "--size", "64", "--doses", "0.45")
     assert [each["compression"] for each in results["decode"]] == ["bslz4", "lz4", "none"]
     for each in results["decode"]:
         assert each.keys() >= {"alone_per_s", "slot_per_s", "ratio", "quartiles", "message_bytes"}
         assert each["sustained"].keys() == {"frames", "frames_per_s", "mb_per_s", "lost"}
         assert each["sustained"]["lost"] == 0
+    targets = [row.split("|")[-2].strip() for row in _markdown(results).splitlines()[2:5]]
+    assert targets == ["hit" if results["decode"][0]["ratio"] >= results["target"] else "miss", "-", "-"]
 
 
 def test_fuzz_says_what_came_of_the_damaged_messages(bench: Any) -> None:

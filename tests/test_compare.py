@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emstream.compare import Comparison, binned, draw_scale_bar, grey
+from emstream.compare import Comparison, binned, draw_scale_bar, grey, titles
 from emstream.denoise import denoise_file
 from emstream.errors import FileFormatError
 from emstream.inference import IdentityEngine
@@ -121,6 +121,33 @@ def test_sheet_shows_frames_from_the_first_to_the_last(tmp_path: Path, frames: i
             assert bright_columns(picture) == [2 * n, 2 * n + 1]
 
 
+def test_strip_above_names_both_sides_and_the_frame(tmp_path: Path) -> None:
+    flat = np.random.default_rng(0).poisson(2.0, (256, 300)).astype(np.float32)
+    for name in ("c.png", "c.gif"):
+        with Comparison(tmp_path / name, 12) as comparison:
+            for _ in range(12):
+                comparison.add(flat, flat)
+    sheet = np.asarray(PIL.open(tmp_path / "c.png"))
+    assert sheet.shape == (4 * (18 + 256 + 8) - 8, 608)
+    strips = [sheet[row : row + 18] for row in range(0, len(sheet), 18 + 256 + 8)]
+    with PIL.open(tmp_path / "c.gif") as image:
+        for strip, number in zip(strips, (0, 4, 7, 11), strict=True):
+            wanted = titles((256, 300), number, 11)
+            np.testing.assert_array_equal(strip, wanted)
+            image.seek(number)
+            np.testing.assert_array_equal(np.asarray(image.convert("L"))[:18], wanted)
+    names = [strips[0][:, :300], strips[0][:, 308:]]
+    assert all((name > 200).sum() > 50 for name in names)
+    assert (names[0] != names[1]).any(), "they say the same"
+    assert len({strip.tobytes() for strip in strips}) == 4
+
+
+def test_frames_too_small_for_a_title_have_none() -> None:
+    assert titles((512, 60), 3, 9) is None
+    assert titles((32, 512), 3, 9) is None
+    assert titles((128, 128), 3, 9) is not None
+
+
 def test_scale_bar_is_as_long_as_it_says() -> None:
     picture = np.zeros((400, 500), np.uint8)
     draw_scale_bar(picture, 1e-10)
@@ -142,8 +169,8 @@ def test_large_frames_are_binned_and_grey_levels_kept(tmp_path: Path) -> None:
     with Comparison(tmp_path / "c.png", 1) as comparison:
         comparison.add(frame, frame)
     sheet = np.asarray(PIL.open(tmp_path / "c.png"))
-    assert sheet.shape == (1024, 2056)
-    assert np.abs(sheet[0, 1032:].astype(int) - np.linspace(0, 255, 1024)).max() < 4
+    assert sheet.shape == (48 + 1024, 2056)
+    assert np.abs(sheet[48, 1032:].astype(int) - np.linspace(0, 255, 1024)).max() < 4
     assert (binned(np.ones((3, 5, 7)), 2) == 1).all()
     assert grey(np.array([[0.0, 1.0, 9.0]]), 1, 2).tolist() == [[0, 0, 255]]
 

@@ -76,6 +76,57 @@ def test_people_get_a_table(file: Path) -> None:
     assert "tcp://camera:5555" in done.output
 
 
+def test_what_is_in_force_where_nothing_is_given_is_said() -> None:
+    assert checked(EMSTREAM_SERVE_INPUT="sim://")["output"] == {
+        "value": ["tcp://127.0.0.1:5556"],
+        "from": "default",
+    }
+    shown = run("config", "check", EMSTREAM_SERVE_INPUT="sim://").stdout
+    assert re.search(r"output +tcp://127.0.0.1:5556 +\(default\)", shown)
+    assert re.search(r"engine +the one that ships +\(default\)", shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "errors", "code"),
+    [
+        ("slots = 1", {}, ["slots must be at least 2 batches, got 1 (--slots is from {path}, [serve])"], 2),
+        ("max_bacth = 4", {}, ["[serve] has no option 'max_bacth'; did you mean max_batch?"], 1),
+        ("", {"EMSTREAM_SERVE_FRAMES": "many"}, ["'many'"], 2),
+        ("", {"EMSTREAM_SERVE_ENGIN": "x"}, ["EMSTREAM_SERVE_ENGIN belongs to no option"], 1),
+        (
+            "slots = 1\nmax_bacth = 4\nview = 1",
+            {},
+            ["slots must be at least 2", "no option 'max_bacth'", "view = 1: true or false is needed"],
+            1,
+        ),
+    ],
+)
+def test_options_are_shown_with_what_is_wrong_with_them(
+    tmp_path: Path, text: str, environment: dict[str, str], errors: list[str], code: int
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(f'[serve]\ninput = "sim://"\nqueue = 7\n{text}\n')
+    done = run("--config", path, "config", "check", **environment)
+    assert done.exit_code == code
+    assert re.search(rf"queue +7 +\({path}\)", done.stdout)
+    done = run("--config", path, "config", "check", "--json", **environment)
+    assert done.exit_code == code
+    found = json.loads(done.stdout)
+    assert found["queue"] == {"value": 7, "from": str(path)}
+    for error in errors:
+        assert error.format(path=path) in found["error"]
+        assert error.split(" (")[0].format(path=path) in re.sub(r"[\s│]+", " ", done.stderr)
+
+
+def test_other_commands_do_not_run_with_a_file_that_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text("[serve]\nmax_bacth = 4\n")
+    done = run("--config", path, "info", "identity")
+    assert done.exit_code == 1
+    assert "[serve] has no option 'max_bacth'" in done.stderr
+    assert not done.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [

@@ -339,6 +339,30 @@ def test_folder_is_denoised_file_by_file_and_a_bad_one_stops_none(tmp_path: Path
     np.testing.assert_array_equal(np.load(tmp_path / "out/a.npy"), counts)
 
 
+def test_report_on_a_folder_is_a_line_for_each_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    np.save(tmp_path / "in/a.npy", np.ones((3, 16, 20), np.uint8))
+    (tmp_path / "in/b.npy").write_bytes(b"rubbish")
+    np.save(tmp_path / "in/c.npy", np.ones((16, 20), np.uint8))
+    (tmp_path / "out/c.npy").touch()
+    order = [
+        "denoise",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--suffix",
+        ".npy",
+        "--engine",
+        "identity",
+    ]
+    done = CliRunner().invoke(app, order)
+    assert done.exit_code == 1  # of b.npy
+    lines = dict(line.strip().split(maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["a.npy"].startswith("3 frames, ")
+    assert lines["a.npy"].endswith(f" frames/s, 1 electrons/px, to {tmp_path / 'out/a.npy'}")
+    assert (lines["b.npy"], lines["c.npy"], len(lines)) == ("failed", "skipped", 3)
+
+
 def test_folder_without_movies_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"holds no movie; they end in \.npy, \.tif"):
         list(denoise_folder(tmp_path, tmp_path / "out", IdentityEngine()))

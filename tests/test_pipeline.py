@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 import threading
 import time
 from pathlib import Path
@@ -285,7 +287,8 @@ def test_engine_that_fails_its_self_test_is_not_swapped_in(
         patch.setattr("emstream.serve.load_engine", lambda *a, **k: Forgetful())
         with pytest.raises(EngineInvalid, match=r"forgetful fails its self-test: .* dB on simulated frames"):
             run.service.swap("forgetful.onnx")
-    with pytest.raises(EngineError, match=r"no engine at nowhere\.onnx"):
+    where = f"; looked for in {re.escape(str(Path.cwd()))} on {re.escape(socket.gethostname())}$"
+    with pytest.raises(EngineError, match=rf"no engine at nowhere\.onnx; shipped: .*{where}"):
         run.service.swap("nowhere.onnx")
     assert "the CPU is used" not in caplog.text
     assert run.service.engine.current is before

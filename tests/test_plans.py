@@ -349,10 +349,24 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes | None)
     assert f"{model} is not a readable ONNX model" in text
 
 
-@pytest.mark.usefixtures("rtx", "no_gpu")
-def test_a_model_that_is_missing_is_named(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_gpu")
+def test_a_model_that_is_missing_is_named(tmp_path: Path, rtx: Flavour) -> None:
+    with pytest.raises(
+        EngineNotFound, match=r"no model at .*/no\.onnx; train\.fit and train\.export make one"
+    ):
+        building.build_plan(tmp_path / "no.onnx", SMALL, rtx)
+
+
+def test_a_model_that_is_missing_is_named_before_what_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(name: str | None = None) -> Flavour:
+        raise EngineUnavailable("TensorRT is not installed")
+
+    monkeypatch.setattr(flavour, "installed", nothing)
     text = failure("build", tmp_path / "no.onnx", "-o", tmp_path / "u.plan", code=1)
-    assert f"no model at {tmp_path}/no.onnx; train.fit and train.export make one" in text
+    assert f"no engine at {tmp_path}/no.onnx; shipped: " in text
+    assert "TensorRT is not installed" in failure("build", ONNX, "-o", tmp_path / "u.plan", code=1)
 
 
 @pytest.mark.usefixtures("rtx", "no_gpu")

@@ -126,7 +126,7 @@ def test_likelihood_is_shown_beside_the_quality(run: Rig) -> None:
     observer._known = observer._newest, {"psnr_db": "insufficient data", "likelihood": given}
     status = until(statuses(run.service.publisher.endpoint), state="waiting")
     shown = printed(status)
-    assert "insufficient data yet" in shown
+    assert "insufficient data" in shown
     assert "4.42 (4.35 to 4.49) millinats/px" in shown
 
 
@@ -214,6 +214,61 @@ def test_log_lines_quote_what_they_got_and_do_not_obey_it() -> None:
     lines = PrintableFormatter("%(message)s").format(record).split("\n")
     assert lines[1].startswith("Traceback")
     assert not any(set("\x1b\x07\r\u202e") & set(line) for line in lines)
+
+
+REPORT: dict[str, Any] = {
+    "ledger": {
+        "received": 1012, "published": 1009, "dropped": 2, "rejected": 1, "failed": 0, "in_flight": 0, "missing": 0,
+    },
+    "latency_ms": {"p50": 85.06, "p99": 132.1, "p99_9": 140.0, "max": 151.2, "batched_to_inferred": {"p50": 84.0}},
+    "frames_per_s": 8.041,
+    "rejected_because": {"header of 70 KiB": 1},
+    "engine": {"name": "wide64", "sha256": "72992d4c" + 56 * "0", "device": "a CPU"},
+    "stalled": {},
+    "trust": {
+        "frames": 370,
+        "psnr_db": {"value": 33.0, "low": 32.6, "high": 33.5},
+        "likelihood": {"value": 0.004421, "low": 0.004352, "high": 0.004489},
+        "fano": 1.001,
+        "spectrum": {"distance": 2.1, "farthest": 4.4, "in_domain": True},
+    },
+    "psnr_db": {"noisy": 6.42, "denoised": 33.84},
+}  # fmt: skip
+
+
+def test_report_of_a_service_says_in_a_line_each_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(REPORT, as_json=False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [" ".join(line.split()) for line in lines] == [
+        "ledger received 1,012 = published 1,009 + dropped 2 + rejected 1 + failed 0 + in flight 0 missing 0",
+        "latency p50 85.1 p99 132 p99.9 140 max 151 ms",
+        "stages infer 84 ms (p50)",
+        "rate 8.04 frames/s",
+        "rejected header of 70 KiB 1",
+        "engine wide64 72992d4c a CPU",
+        "quality PSNR 33.0 dB (32.6 to 33.5), estimated from the stream",
+        "likelihood 4.42 (4.35 to 4.49) millinats/px against an even grey",
+        "noise Fano factor 1.001 (1 for counts)",
+        "spectrum like what the engine was trained on: 2.1 spreads from it, 4.4 are usual",
+        "truth PSNR 6.42 dB noisy, 33.8 dB denoised, against the simulated specimen",
+    ]
+
+
+def test_report_names_what_has_stalled_and_nothing_that_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(REPORT | {"stalled": {"engine": 12.0}, "rejected_because": {}, "files": []}, as_json=False)
+    out = capsys.readouterr().out
+    assert "the engine has stalled for 12 s" in out
+    assert "rejected_because" not in out
+    assert "files" not in out
+
+
+def test_report_shows_maps_in_maps(capsys: pytest.CaptureFixture[str]) -> None:
+    recording = {"files": ["a.h5", "b.h5"], "lost": {"raw": 3, "denoised": 0}, "engine": REPORT["engine"]}
+    print_report({"recording": recording, "shape": [20, 512, 512]}, as_json=False)
+    out = capsys.readouterr().out
+    assert "files a.h5  b.h5  lost (raw 3  denoised 0)" in out
+    assert "wide64" not in out
+    assert "[20, 512, 512]" in out
 
 
 def test_reports_print_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

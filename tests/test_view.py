@@ -237,6 +237,18 @@ def test_slow_viewer_is_sent_the_newest_frame_and_no_backlog(camera: Camera, vie
     assert_shows(pixels["raw"], header["raw"], counts(20))
 
 
+def test_report_counts_viewers_and_what_they_were_sent(camera: Camera, view: ViewServer) -> None:
+    with watching(view) as viewer, watching(view):
+        camera.send(3)
+        viewer.until(frame=3)
+        viewer.acknowledge()
+        viewer.take()  # the one before is counted by now
+    report = view.report()
+    assert (report["address"], report["input"]) == (view.url, camera.output)
+    assert report["viewers"] == 2
+    assert 1 <= report["pictures"] <= 2
+
+
 def test_two_viewers_see_the_same_picture_painted_once(
     camera: Camera, view: ViewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,9 +578,10 @@ def test_page_for_other_machines_asks_for_a_token(tmp_path: Path) -> None:
         assert view.token
         assert view.url.endswith(f":{view.port}/?token={view.token}")
         for path in ("/", "/page.js", "/header.json?key=1", "/?token=guessed", "/?token="):
-            status, _, body = status_of(view, path)
-            assert status == 401
-            assert b"token" in body
+            status, kind, body = status_of(view, path)
+            assert (status, kind) == (401, "text/html; charset=utf-8")
+            assert b"This page asks for a token" in body
+            assert b'name="viewport" content="width=device-width' in body
         assert refused(view, origin=f"http://{view.host}:{view.port}") == 403
         client = http.client.HTTPConnection("127.0.0.1", view.port, timeout=DEADLINE_S)
         client.request("GET", f"/?token={view.token}", headers={"Host": "microscope.example"})

@@ -14,6 +14,7 @@ import typer
 
 from emstream.cli import build, camera, config, demo, denoise, engine, keys, record, serve, view
 from emstream.cli.errors import Command, Group, says_where_from
+from emstream.errors import ConfigError
 from emstream.printable import log_to_stderr
 
 app = typer.Typer(
@@ -50,8 +51,12 @@ def _setup(
     for problem in misspelt(os.environ, context.command):
         logging.getLogger(__name__).warning("%s", problem)
     if config is not None:
-        with says_where_from(context):
-            context.default_map = dict(read(config, context.command.commands))  # type: ignore[attr-defined]
+        tables, problems = read(config, context.command.commands)  # type: ignore[attr-defined]
+        context.default_map = dict(tables)
+        context.obj = problems
+        if problems and context.invoked_subcommand != "config":  # which shows what is right, too
+            with says_where_from(context):
+                raise ConfigError("; ".join(problems))
 
 
 for _command in (

@@ -39,6 +39,7 @@ def build(
 
     Example: **emstream build engines/unet32.onnx -o unet32.plan --size 512x512 --type uint8**
     """
+    from emstream.inference import check_is_there
     from emstream.plans import PlanOrder, build_all, build_one, builder
 
     if everything == (model is not None):
@@ -51,14 +52,17 @@ def build(
             raise ValueError(f"with --all, engines/plans.toml says what each plan is for; leave out {words}")
         if output is None or output.suffix == ".plan":
             raise ValueError(f"--all needs a folder for the plans: -o FOLDER, got {output or 'none'}")
-    chosen, gpu = builder(flavour, device)
     if model is not None:
         order = PlanOrder(model, output or Path(model.stem + ".plan"), **given)
+        order.profile()
+        check_is_there(model)
+        chosen, gpu = builder(flavour, device)
         with _phases() as progress:
             report = build_one(order, chosen, gpu, progress)
         print_report(report, as_json)
         return
     assert output is not None
+    chosen, gpu = builder(flavour, device)
     with _phases() as progress:
         reports = build_all(output, chosen, gpu, progress)
     brief = {name: next(iter(each.values())) for name, each in reports.items()}

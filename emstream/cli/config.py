@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from emstream.cli.errors import Command, Group, says_where_from
+from emstream.cli.errors import Command, Group, said, says_where_from
 from emstream.cli.options import Json
 from emstream.cli.report import print_report, text_of
 from emstream.cli.serve import check_other_processes, settings_of
-from emstream.errors import ConfigError
+from emstream.errors import ConfigError, EmstreamError
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="The configuration.")
 
@@ -23,31 +23,53 @@ def check(
     command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="Whose options.")] = "serve",
     as_json: Json = False,
 ) -> None:
-    """Every option of a command that is in force, and where it comes from: file, environment or default.
+    """Every option of a command that is in force, where it comes from, and what is wrong with it.
 
-    Example: **emstream --config /etc/emstream.toml config check**
+    It comes from the file, the environment or is the default. Example:
+    **emstream --config /etc/emstream.toml config check**
     """
     from emstream.config import in_force, misspelt
-    from emstream.serve import look_over
 
     root = context.find_root()
-    if problems := misspelt(os.environ, root.command):
-        raise ConfigError("; ".join(problems))
     commands = root.command.commands  # type: ignore[attr-defined]
     commands = {name: each for name, each in commands.items() if not hasattr(each, "commands")}
     if command not in commands:
         hint = f"; a file goes before: --config {command} config check" if command.endswith(".toml") else ""
         raise ValueError(f"there is no command {command!r}; there are {', '.join(commands)}{hint}")
-    made = commands[command].make_context(command, [], parent=root)
+    problems = [*(root.obj or ()), *misspelt(os.environ, root.command)]
+    errors: list[Exception] = [ConfigError("; ".join(problems))] if problems else []
+    try:
+        made = commands[command].make_context(command, [], parent=root)
+        if command == "serve":
+            _look_over(made)
+    except typer.BadParameter as error:
+        made = commands[command].make_context(command, [], parent=root, resilient_parsing=True)
+        errors.append(error)
+    except (EmstreamError, ValueError) as error:
+        errors.append(error)
     options = in_force(made, root.params.get("config"))
-    if command == "serve":
-        with says_where_from(made):
-            settings = settings_of(**made.params)
-            others = ("record", "look_back", "split", "view_port")
-            check_other_processes(**{name: made.params[name] for name in others})
-            look_over(settings)
-    report = {each.option: {"value": each.value, "from": each.source} for each in options}
     if as_json:
+        report: dict[str, Any] = {each.option: {"value": each.value, "from": each.source} for each in options}
+        if errors:
+            report["error"] = "; ".join(map(said, errors))
         typer.echo(json.dumps(report, default=str))
-        return
-    print_report({each.option: f"{text_of(each.value)}   ({each.source})" for each in options}, False)
+    else:
+        texts = (
+            (each, text_of(each.value) if each.value is not None else each.stands_for) for each in options
+        )
+        print_report({each.option: f"{text}   ({each.source})" for each, text in texts}, False)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError("; ".join(map(said, errors)))
+
+
+def _look_over(context: typer.Context) -> None:
+    """Raise what `serve` would with the options of its `context`."""
+    from emstream.serve import look_over
+
+    with says_where_from(context):
+        settings = settings_of(**context.params)
+        others = ("record", "look_back", "split", "view_port")
+        check_other_processes(**{name: context.params[name] for name in others})
+        look_over(settings)

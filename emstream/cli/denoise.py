@@ -95,9 +95,19 @@ def denoise(
                     "--overwrite makes them again",
                     err=True,
                 )
-    print_report(report, as_json)
+    print_report(report if as_json or "files" not in report else _in_brief(report), as_json)
     if failed:
         raise typer.Exit(1)
+
+
+def _in_brief(folder: dict[str, Any]) -> dict[str, str]:
+    """A line for each file."""
+    lines = {
+        name: f"{each['frames']} frames, {each['frames_per_s']:.3g} frames/s, {each['dose']:.3g} electrons/px, "
+        f"to {each['output']}"
+        for name, each in folder["files"].items()
+    }
+    return lines | dict.fromkeys(folder["skipped"], "skipped") | dict.fromkeys(folder["failed"], "failed")
 
 
 def _warn_of_the_dose(path: Path, report: dict[str, Any]) -> None:

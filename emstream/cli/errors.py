@@ -76,9 +76,16 @@ def says_where_from(context: Any) -> Iterator[None]:
         raise
 
 
+def said(error: Exception) -> str:
+    """What an error says, with where the values come from that it speaks of."""
+    if isinstance(error, typer.BadParameter):
+        return error.format_message()
+    return " ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def _say_error(error: Exception) -> None:
     """The line that a command ends with: for people, or like every other of --log-json."""
-    text = " ".join([str(error), *getattr(error, "__notes__", ())])
+    text = said(error)
     if logs_json():
         logging.getLogger("emstream").error("%s", text)
     else:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from emstream.serve import Settings
 
 _MOST_MIB = 1024**2
+_OUTPUT = ["tcp://127.0.0.1:5556"]
 
 
 def serve(
@@ -47,13 +48,13 @@ def serve(
     ],
     engine: EnginePath = None,
     output: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             metavar="URL",
             help="Endpoint to publish on; again for other formats: tcp://HOST:PORT?format=array-1.0 or "
-            "karabo-bridge. [default: tcp://127.0.0.1:5556]",
+            "karabo-bridge.",
         ),
-    ] = None,
+    ] = _OUTPUT,
     max_batch: Annotated[
         int | None, typer.Option(help="Frames per batch. [default: the engine's best]")
     ] = None,
@@ -141,7 +142,7 @@ def serve(
     max_frame_mib: Annotated[int, typer.Option(help="Larger frames are rejected [MiB].")] = 256,
     max_header_kib: Annotated[int, typer.Option(help="Larger headers are rejected [KiB].")] = 64,
     max_rate: Annotated[
-        float | None, typer.Option(help="Frames beyond so many a second are rejected. [default: none are]")
+        float | None, typer.Option(help="Frames beyond so many a second are rejected. [default: no limit]")
     ] = None,
     view: Annotated[bool, typer.Option("--view", help="Serve the live page, too.")] = False,
     view_host: ViewHost = "127.0.0.1",
@@ -242,7 +243,7 @@ def check_other_processes(record: Path | None, look_back: float, split: str | No
 
 
 def settings_of(
-    output: Sequence[str] | None,
+    output: Sequence[str],
     max_frame_mib: int,
     max_header_kib: int,
     queue_mib: int,
@@ -252,12 +253,12 @@ def settings_of(
     """What `serve` runs, of its options; others are left out. Raises ValueError for those that make no sense."""
     from dataclasses import fields
 
-    from emstream.serve import DEFAULT_OUTPUT, Settings
+    from emstream.serve import Settings
     from emstream.wire import MOST_HEADER_BYTES
 
     known = {field.name for field in fields(Settings)}
     return Settings(
-        output=output or DEFAULT_OUTPUT,
+        output=output or _OUTPUT,
         max_frame_bytes=1024**2 * _within("max_frame_mib", max_frame_mib, _MOST_MIB, "MiB"),
         max_header_bytes=1024 * _within("max_header_kib", max_header_kib, MOST_HEADER_BYTES // 1024, "KiB"),
         queue_bytes=1024**2 * _within("queue_mib", queue_mib, _MOST_MIB, "MiB"),

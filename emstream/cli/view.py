@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from emstream.cli.options import Json, Key, ServiceKey, ViewHost, ViewPort, ViewToken
+from emstream.cli.report import print_report
 from emstream.signals import stop_on_signals
 
 
@@ -19,8 +20,9 @@ def view(
     token: ViewToken = None,
     key: Key = None,
     service_key: ServiceKey = None,
+    as_json: Json = False,
 ) -> None:
-    """The live page of a running service: raw beside denoised.
+    """The live page of a running service, until Ctrl-C: raw beside denoised.
 
     Example: **emstream view --input tcp://127.0.0.1:5556 --port 8080**
     """
@@ -39,6 +41,7 @@ def view(
                 pass
     finally:
         page.stop()
+    print_report(page.report(), as_json)
 
 
 def status(

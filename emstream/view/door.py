@@ -9,16 +9,22 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 _SHORTEST_TOKEN = 8
-_REFUSAL = (
-    "This page asks for a token.\n\n"
-    "Open the whole address, with its ?token=..., that emstream printed where it was started.\n"
-)
+_REFUSAL = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="dark">
+<title>emstream live: a token is needed</title>
+<body style="max-width: 36em; margin: 12vh auto; padding: 0 24px; font: 18px/1.5 system-ui, sans-serif">
+<h1>This page asks for a token</h1>
+<p>Open the whole address, with its <code>?token=...</code>, that emstream printed where it was started.</p>
+"""
 
 
 def is_loopback(host: str) -> bool:
@@ -81,7 +87,7 @@ class Door:
         elif self._is_right(asked) or self._is_right(_cookie(scope, cookie)):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await PlainTextResponse(_REFUSAL, 401)(scope, receive, send)
+            await HTMLResponse(_REFUSAL, 401)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 

@@ -291,6 +291,7 @@ listen([
 setColours("grey");
 live = new Live(take, () => {
   readout.take({ state: "offline" });
+  timeline.take({ state: "offline" });
   recording.take({ state: "offline" });
 });
 ask();

@@ -5,6 +5,7 @@ import { digits, element, fixed, setText, whole } from "./text.js";
 const READOUTS_EVERY_MS = 200; // digits that change faster cannot be read
 const FAULTS = ["missing", "dropped", "rejected", "failed"];
 const COUNTERS = ["received", "published", "in_flight", ...FAULTS];
+const SERIES_END = 5; // characters that are always seen: of two series they are what differs
 const OUTSIDE = "dose outside the engine's range";
 
 export class Readout {
@@ -83,14 +84,16 @@ export class Readout {
     setText("latency-span", p99 === undefined ? "received → published" : `p99 ${digits(p99)}`);
 
     if (latest.frame === undefined) return;
-    setText("series", latest.series);
+    const series = String(latest.series);
+    setText("series-begin", series.slice(0, -SERIES_END));
+    setText("series-end", series.slice(-SERIES_END));
     setText("source", latest.source ? ` · ${latest.source}` : "");
     setText("dose", fixed(latest.dose, 3));
     setText("domain", { true: "in range", false: "out of range" }[latest.in_domain] ?? "");
     element("dose-section").classList.toggle("alarm", latest.in_domain === false);
     setText("shape", shape(latest));
     element("shape").title = element("shape").textContent;
-    element("series").parentElement.title = element("series").parentElement.textContent;
+    element("series-note").title = element("series-note").textContent;
     setText("latency", digits(latency.total));
     for (const [name, stage] of Object.entries(STAGES)) {
       setText(name, digits(latency[stage]));

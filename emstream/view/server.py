@@ -123,6 +123,7 @@ class ViewServer:
         self._painter = Painter()
         self._on_record = on_record
         self._viewers: set[Viewer] = set()
+        self._viewers_so_far = self._pictures_so_far = 0
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
@@ -133,9 +134,20 @@ class ViewServer:
     @property
     def url(self) -> str:
         """What to open in a browser; with port 0 it is known once the server has started."""
-        return f"http://{public_name(self.host)}:{self.port}/" + (
-            f"?token={quote(self.token, safe='')}" if self.token else ""
-        )
+        return self._address + (f"?token={quote(self.token, safe='')}" if self.token else "")
+
+    @property
+    def _address(self) -> str:
+        return f"http://{public_name(self.host)}:{self.port}/"
+
+    def report(self) -> dict[str, Any]:
+        """Where it is served, without the token, what it shows, how many viewers came and what they were sent."""
+        return {
+            "address": self._address,
+            "input": self._receiver.endpoint,
+            "viewers": self._viewers_so_far,
+            "pictures": self._pictures_so_far,
+        }
 
     def start(self) -> None:
         """Serve until `stop`. Raises OutputError, with nothing started, when the address cannot be had."""
@@ -226,6 +238,7 @@ class ViewServer:
         await browser.accept()
         viewer = Viewer()
         self._viewers.add(viewer)
+        self._viewers_so_far += 1
         both = [
             asyncio.create_task(each) for each in (self._hear(viewer, browser), self._show(viewer, browser))
         ]
@@ -282,6 +295,7 @@ class ViewServer:
                 picture = await self._painted(past, request)
                 await browser.send_bytes(_message(message | picture.header, picture.pixels))
                 viewer.note_shown(picture.pair, request)
+                self._pictures_so_far += 1
             else:
                 await browser.send_bytes(_message(message))
             earliest = asyncio.sleep(1 / _PICTURES_PER_S)

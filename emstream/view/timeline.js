@@ -5,6 +5,7 @@ import { element, setText } from "./text.js";
 export class Timeline {
   #history = { first: 0, last: 0, seconds: 0, faults: [] };
   #shown = 0; // key of the pair on the screen
+  #comes = false; // frames do
   at = null; // key to stay at; null follows the newest
 
   constructor(onChange) {
@@ -29,6 +30,7 @@ export class Timeline {
   take(header) {
     this.#history = header.history ?? this.#history;
     if (header.key) this.#shown = header.key;
+    this.#comes = header.state === "live";
     this.draw();
   }
 
@@ -75,16 +77,18 @@ export class Timeline {
     context.fillStyle = "#212932";
     context.fillRect(0, (height - line) / 2, width, line);
     const key = this.at ?? last;
-    context.fillStyle = this.at === null ? "#2c7a6d" : "#8592a0";
+    const live = this.at === null && this.#comes;
+    context.fillStyle = live ? "#2c7a6d" : "#8592a0";
     context.fillRect(0, (height - line) / 2, place(key), line);
     context.fillStyle = "#ff6159";
     for (const fault of faults) context.fillRect(place(fault) - line / 2, height * 0.2, line, height * 0.6);
-    context.fillStyle = this.at === null ? "#46c7b0" : "#dde4ea";
+    context.fillStyle = live ? "#46c7b0" : "#dde4ea";
     context.beginPath();
     context.arc(place(key), height / 2, 5 * devicePixelRatio, 0, 7);
     context.fill();
     const behind = last > first ? (seconds * (last - key)) / (last - first) : 0;
-    setText("when", this.at === null ? "live" : `paused, ${behind ? "−" : ""}${behind.toFixed(1)} s`);
+    const paused = `paused, ${behind ? "−" : ""}${behind.toFixed(1)} s`;
+    setText("when", live ? "live" : this.at === null ? "no frames" : paused);
     track.dataset.faults = faults.length;
     track.dataset.frames = last - first + (last ? 1 : 0);
   }

@@ -257,6 +257,7 @@ class Camera:
     def __init__(self, run: Rig) -> None:
         self.output = run.service.publisher.endpoint
         self.dose = 2.0
+        self.about = ABOUT
         self._run = run
         self._next = 0
         self._pause = threading.Event()
@@ -278,7 +279,7 @@ class Camera:
 
     def _send(self) -> None:
         while not self._pause.wait(0.025):
-            self._run.camera.send_multipart(message(self._next, counts(self._next, self.dose), **ABOUT))
+            self._run.camera.send_multipart(message(self._next, counts(self._next, self.dose), **self.about))
             self._next += 1
 
 
@@ -424,6 +425,7 @@ def test_page_says_that_it_waits_and_that_frames_have_stopped(
     assert tab.style("notice", "display") == "none"
     camera.pause()
     tab.wait(STATE_IS % "quiet")
+    assert tab.text("when") == "no frames"
     assert tab.text("notice-title").startswith("No frame for ")
     assert tab.style("notice", "display") == "grid"
     camera.go()
@@ -497,6 +499,27 @@ def test_page_fits_screens_of_all_sizes(
     if width > 640:
         assert tab.evaluate("document.documentElement.scrollHeight <= innerHeight")
     assert tab.evaluate(CUT_OFF) == []
+
+
+SERIES_END_IS_SEEN = """(() => {
+    const [end, note] = ["series-end", "series-note"].map((id) => document.getElementById(id).getBoundingClientRect());
+    return end.width > 0 && end.right <= note.right;
+})()"""
+
+
+@pytest.mark.parametrize("width", [390, 700, 820, 1024, 1180, 1400])
+def test_end_of_a_long_series_is_seen_on_screens_of_all_sizes(
+    tab: Tab, view: ViewServer, camera: Camera, width: int
+) -> None:
+    tab.call("Emulation.setDeviceMetricsOverride", **SCREEN | {"width": width})
+    camera.about = ABOUT | {"series": 1763940012345}
+    camera.go()
+    tab.open(view.url)
+    tab.wait_for_frame_after(0)
+    assert tab.text("series") == "1763940012345"
+    assert tab.text("series-end") == "12345"
+    assert tab.evaluate(SERIES_END_IS_SEEN)
+    assert "1763940012345" in tab.evaluate("document.getElementById('series-note').title")
 
 
 # -- what the operator does -----------------------------------------------------------

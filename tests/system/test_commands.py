@@ -119,6 +119,22 @@ def test_page_and_status_of_a_running_service() -> None:
         urllib.request.urlopen(page, timeout=60)
 
 
+def test_page_reports_at_its_end(tmp_path: Path) -> None:
+    page = start(
+        "view", "--input", f"ipc://{tmp_path}/nobody", "--port", 0, "--token", "long enough", "--json"
+    )
+    address = line_with(page, r"live page: (\S+)\?token=")[1]
+    page.send_signal(signal.SIGINT)
+    out, err = page.communicate(timeout=60)
+    assert page.returncode == 0, err
+    assert json.loads(out) == {
+        "address": address,
+        "input": f"ipc://{tmp_path}/nobody",
+        "viewers": 0,
+        "pictures": 0,
+    }
+
+
 def test_camera_and_service_as_two_programs_account_for_every_fault() -> None:
     camera = start("camera", "--output", "tcp://127.0.0.1:*", "--rate", 100, "--frames", 150, "--height", 64,
                    "--width", 64, "--push", "--gap", 0.1, "--corrupt", 0.1, "--reorder", 0.1, "--resize-every", 20,
@@ -233,6 +249,7 @@ def test_info_reads_the_card() -> None:
         (("denoise", "/nowhere.tif", "out.tif"), 1, "/nowhere.tif"),
         (("status", "--input", "ipc:///tmp/nobody", "--json"), 1, "nothing heard from ipc:///tmp/nobody"),
         (("view", "--input", "ipc:///tmp/nobody", "--token", "abc"), 2, "at least 8 characters, got 3"),
+        (("build", "nowhere.onnx"), 1, "no engine at nowhere.onnx; shipped: "),
         (("frobnicate",), 2, "No such command"),
     ],
 )
