@@ -147,12 +147,11 @@ def test_hundred_at_once_cost_one_look(served: Served) -> None:
 def test_who_asks_and_goes_away_is_no_traceback(served: Served, capfd: Any, caplog: Any) -> None:
     host, port = served.server.url.removeprefix("http://").split(":")
     caplog.set_level("DEBUG")
-    for _ in range(3):
+    end = time.monotonic() + 20
+    while "went away" not in caplog.text and time.monotonic() < end:  # some are answered before they go
         with socket.create_connection((host, int(port))) as rude:
             rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             rude.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-    end = time.monotonic() + 10
-    while "went away" not in caplog.text and time.monotonic() < end:
         assert served.get("/healthz")[0] == 200
     assert "went away" in caplog.text
     assert "Traceback" not in capfd.readouterr().err + caplog.text
