@@ -456,6 +456,26 @@ def test_signal_gives_up_a_recorder_that_hangs_and_what_is_on_the_disk_is_counte
     assert report["frames"]["denoised"] + report["unheard"]["denoised"] == 3
 
 
+def test_signal_that_comes_while_a_recorder_ends_as_it_should_spoils_no_report(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = beside()
+    run.send(2)
+    run.records(2)
+    wait_for_the_answer = run.recorder._answered.wait
+
+    def interrupted(seconds: float) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return wait_for_the_answer(20)
+
+    monkeypatch.setattr(run.recorder._answered, "wait", interrupted)
+    report = run.recorder.finish(2)
+    assert "error" not in report
+    assert report["ended"] == "stopped"
+    assert report["frames"] == {"raw": 2, "denoised": 2}
+    assert report["unheard"] == {"raw": 0, "denoised": 0}
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
 def test_recorder_that_hangs_for_ever_is_killed_and_what_is_on_the_disk_is_counted(
     beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
