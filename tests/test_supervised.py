@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -220,6 +221,16 @@ def test_engine_that_was_swapped_in_is_loaded_again_as_itself() -> None:
     engine = SupervisedEngine(Plus(10), reload=lambda: Plus(11))
     engine.swap(second, lambda: third)
     assert through(engine, range(RELOAD_AFTER + 1))[-1] == 30 + RELOAD_AFTER
+
+
+def test_batch_that_another_attempt_refuses_says_nothing_against_the_engine() -> None:
+    errors = itertools.cycle([RuntimeError("broken"), BatchRefused("too large")])
+    engine, loaded = Plus(0, lambda counts: next(errors)), []
+    engine.attempts = 3
+    results = through(SupervisedEngine(engine, reload=lambda: loaded.append(1) or Plus()), range(10), flying=1)
+    assert results == [None] * 10
+    assert engine.tried == 20
+    assert not loaded
 
 
 def test_close_closes_all_even_when_one_cannot() -> None:
