@@ -257,6 +257,28 @@ def test_batches_of_an_engine_that_dies_are_done_by_one_that_was_dead_before() -
         assert [int(engine.collect(ticket)[0, 0, 0]) for ticket in tickets] == [1, 2, 3, 4, 5]
 
 
+def test_dead_engine_gets_nothing_while_one_that_failed_once_does_well() -> None:
+    dead, well = Late(1, broken), Late(1)
+    shared = SharedEngine([dead, well])
+    engine, tickets = SupervisedEngine(shared), []
+
+    def run(batches: int) -> None:
+        for n in range(batches):
+            while len(tickets) >= shared.depth_for((4, 4)):
+                engine.collect(tickets.pop(0))
+            tickets.append(engine.submit(*batch(n)))
+        while tickets:
+            engine.collect(tickets.pop(0))
+
+    run(10)
+    well.fails = once(pixel=3)
+    run(4)
+    tried = dead.tried
+    run(60)
+    assert dead.tried == tried
+    assert shared.depth_for((4, 4)) == well.depth
+
+
 def test_batch_that_fails_once_is_done_by_the_only_engine_that_lives() -> None:
     parts = [Late(1, broken), Late(1)]
     engine = SupervisedEngine(SharedEngine(parts))
