@@ -227,7 +227,9 @@ def test_batch_that_another_attempt_refuses_says_nothing_against_the_engine() ->
     errors = itertools.cycle([RuntimeError("broken"), BatchRefused("too large")])
     engine, loaded = Plus(0, lambda counts: next(errors)), []
     engine.attempts = 3
-    results = through(SupervisedEngine(engine, reload=lambda: loaded.append(1) or Plus()), range(10), flying=1)
+    results = through(
+        SupervisedEngine(engine, reload=lambda: loaded.append(1) or Plus()), range(10), flying=1
+    )
     assert results == [None] * 10
     assert engine.tried == 20
     assert not loaded
