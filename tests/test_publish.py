@@ -130,7 +130,9 @@ def test_port_that_is_none_is_refused_by_a_subscriber(port: str) -> None:
 
 
 def test_port_that_is_missing_is_named(context: Any) -> None:
-    with pytest.raises(SourceError, match="tcp://camera: the port is missing; a service is at tcp://HOST:PORT"):
+    with pytest.raises(
+        SourceError, match="tcp://camera: the port is missing; a service is at tcp://HOST:PORT"
+    ):
         next(iter(emstream.subscribe("tcp://camera")))
     with pytest.raises(OutputError, match="tcp://localhost: the port is missing; --output takes"):
         Publisher("tcp://localhost", Ledger(), context=context)
