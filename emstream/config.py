@@ -26,6 +26,7 @@ from emstream.errors import ConfigError
 
 PREFIX = "EMSTREAM"
 """Of environment variables."""
+_BEGIN, _END = r"(?<![\w/.-])", r"(?![\w/-]|\.\w)"  # of a word, number or path
 
 
 def read(path: Path, commands: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -142,8 +143,8 @@ def in_force(context: Any, path: Path | None) -> list[InForce]:
 def origins(context: Any, text: str) -> str:
     """Where those values were given that an error's `text` speaks of; nothing for defaults.
 
-    A text speaks of an option by its flag, by its name and value, or by a value that is a path or an address; where
-    it does so of none, by what it says it ``got``.
+    A text speaks of an option by its flag, by its name and then its value, or by a value that is a path or an
+    address; where it does so of none, by what it says it ``got``.
     """
     given = []
     while context is not None:
@@ -195,7 +196,10 @@ def _flag(option: Any) -> str:
 def _names(text: str, context: Any, option: Any) -> bool:
     name = re.escape(option.name).replace("_", "[-_ ]")
     return (option.param_type_name == "option" and _holds(text, re.escape(_flag(option)))) or any(
-        _holds(text, re.escape(value)) and ("/" in value or _holds(text, name))
+        # A value before a name, as in 1 frames, is no option's.
+        _holds(text, re.escape(value))
+        if "/" in value
+        else _holds(text, f"{name}{_END}.*{_BEGIN}{re.escape(value)}")
         for value in _texts(context, option)
     )
 
@@ -206,7 +210,7 @@ def _got(text: str, context: Any, option: Any) -> bool:
 
 def _holds(text: str, pattern: str) -> bool:
     """Whether `pattern` is in `text`, and not only as a part of a longer word, number or path."""
-    return re.search(rf"(?<![\w/.-]){pattern}(?![\w/-]|\.\w)", text) is not None
+    return re.search(_BEGIN + pattern + _END, text, re.DOTALL) is not None
 
 
 def _texts(context: Any, option: Any) -> set[str]:

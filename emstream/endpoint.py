@@ -94,9 +94,11 @@ def connect(socket: zmq.Socket[bytes], endpoint: str, peer: Peer | None = None) 
 
 def _port_problem(endpoint: str, *others: str) -> str | None:
     """What is wrong with the port of a tcp address: of 22x ZeroMQ takes 22, of 70000 another one."""
-    port = endpoint.rpartition(":")[2]
+    _, colon, port = endpoint.removeprefix("tcp://").rpartition(":")
     if not endpoint.startswith("tcp://") or port in others:
         return None
+    if not colon:
+        return "the port is missing"
     if not (port.isascii() and port.isdigit()):
         return f"the port must be a number from 1 to 65535, got {port!r}"
     return f"the port must be a number from 1 to 65535, got {port}" if not 0 < int(port) < 65536 else None

@@ -140,6 +140,8 @@ class Observer:
                 self._weighed, self._known = (), ((), None)
 
     def _weigh(self, pair: _Pair) -> None:
+        if not np.isfinite(pair.first.denoised).all():  # such a picture was not published
+            return
         about = _about(pair.first.header, pair.first.maker)
         if about != self._weighed:
             self._weighed, self._trust = about, Trust(pair.first.maker.spectra)

@@ -230,7 +230,7 @@ class Pipeline:
     def _say_if_late(self) -> None:
         """Statistics come while the engine hangs, too, and name it."""
         late = now_ns() > self._next_stats_ns + int(_STATS_LATE_S * 1e9)
-        if late and self._next_stats_ns and self._publishing.acquire(blocking=False):
+        if late and self._publishing.acquire(blocking=False):
             try:
                 self._say()
             finally:

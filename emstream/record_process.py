@@ -178,10 +178,13 @@ class RecorderProcess:
             until_s = time.monotonic() + _END_S
             while not self._answered.wait(_LOOK_S) and not given_up.is_set() and time.monotonic() < until_s:
                 pass
-            if not self._answered.is_set():
-                self._process.kill()
+            answered = self._answered.is_set()
+            if not answered:
+                with self._changing:  # it may be another one by now
+                    if self._process.pid is not None:
+                        self._process.kill()
             self._end()
-        if given_up.is_set():
+        if given_up.is_set() and not answered:
             self._dead = (
                 f"{self._output}: the recorder was told to end at once; what it had committed is readable"
             )

@@ -94,7 +94,7 @@ def panel(status: dict[str, Any]) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     said = _SAID[state]
-    if state == "quiet" and status["ledger"].get("in_flight"):
+    if state in ("quiet", "waiting") and status["ledger"].get("in_flight"):
         said = "no frames come out: the engine has them"
     table.add_row("emstream", Text.assemble((f"● {said}", _STYLES[state]), f"   {status['input']}"))
     if status["alarms"]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from emstream.cli import app
+from emstream.config import origins
 from emstream.keys import make
 from emstream.printable import JsonFormatter
 
@@ -417,6 +419,21 @@ def test_only_values_that_the_error_speaks_of_are_named(file: Path) -> None:
     assert "frames must be at least 1, got 0 (--frames is from the command line) Try" in said(done)
     done = run("serve", "--input", "sim://", "--key", "mine", EMSTREAM_SERVE_CAMERA_KEY="")
     assert "too (--key is from the command line) Try" in said(done)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the engine has been stalled for 120 s, 1 frames are in flight; start the service again", ""),
+        ("frames must be at least 2, got 1", "--frames is from the command line"),
+    ],
+)
+def test_number_that_comes_before_a_word_is_no_option(text: str, found: str) -> None:
+    root = get_command(app)
+    arguments = ["--input", "sim://", "--frames", "1"]
+    parent = root.make_context("emstream", ["serve", *arguments])
+    context = root.commands["serve"].make_context("serve", arguments, parent=parent)  # type: ignore[attr-defined]
+    assert origins(context, text) == found
 
 
 def test_several_values_that_do_not_go_together_are_all_named(file: Path) -> None:

@@ -334,6 +334,22 @@ def test_engine_that_hangs_is_named_within_a_second_and_given_up_at_last(rig: An
     engine.gate.release(10)
 
 
+def test_statistics_come_while_the_very_first_batch_takes_long(rig: Any) -> None:
+    engine = GatedEngine()
+    run = rig({"overrun": Overrun.block}, engine=engine)
+    run.camera.send_multipart(message(0, pixels(0)))
+    time.sleep(0.2)  # it is there when the service begins
+    run.start()
+    said = []
+    while len(said) < 3 and run.out.poll(3000):
+        parts = run.out.recv_multipart()
+        if parts[0] == b"stats" and (news := wire.unpack(parts[1]))["ledger"]["in_flight"]:
+            said.append(news["ledger"]["published"])
+    engine.gate.release(10)
+    run.wait(lambda ledger: ledger["published"] == 1)
+    assert said == [0, 0, 0]
+
+
 def test_failure_that_goes_on_is_said_once_in_a_while(rig: Any, caplog: Any) -> None:
     class Broken(IdentityEngine):
         def submit(self, counts: np.ndarray, expected: np.ndarray) -> Any:

@@ -129,6 +129,15 @@ def test_port_that_is_none_is_refused_by_a_subscriber(port: str) -> None:
         next(iter(emstream.subscribe(f"tcp://127.0.0.1:{port}")))
 
 
+def test_port_that_is_missing_is_named(context: Any) -> None:
+    with pytest.raises(
+        SourceError, match="tcp://camera: the port is missing; a service is at tcp://HOST:PORT"
+    ):
+        next(iter(emstream.subscribe("tcp://camera")))
+    with pytest.raises(OutputError, match="tcp://localhost: the port is missing; --output takes"):
+        Publisher("tcp://localhost", Ledger(), context=context)
+
+
 def test_silence_is_explained_to_a_subscriber(tmp_path: Any) -> None:
     with pytest.raises(
         SourceError, match=r"no frame from ipc://.* within 0\.05 s; is emstream serve running"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,51 @@ def test_signal_gives_up_a_recorder_that_hangs_and_what_is_on_the_disk_is_counte
     report = run.recorder.finish(3)
     assert "told to end at once" in report["error"]
     assert report["frames"]["denoised"] + report["unheard"]["denoised"] == 3
+
+
+def test_signal_gives_up_a_recorder_that_is_just_taking_over(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_process, "_SOON_S", 0.0)
+    run = beside()
+    run.send(2)
+    run.records(2)
+    bury, buried, first = run.recorder._bury, threading.Event(), run.recorder._process
+
+    def bury_slowly() -> None:
+        buried.set()
+        time.sleep(0.5)
+        bury()
+
+    monkeypatch.setattr(run.recorder, "_bury", bury_slowly)
+    first.kill()
+    assert buried.wait(20)
+    monkeypatch.setattr(record_process.log, "info", lambda *words: signal.raise_signal(signal.SIGINT))
+    report = run.recorder.finish(2)
+    assert run.recorder._process is not first
+    assert run.recorder._process.exitcode == -signal.SIGKILL
+    assert "told to end at once" in report["error"]
+    assert report["frames"]["denoised"] + report["unheard"]["denoised"] == 2
+
+
+def test_signal_that_comes_while_a_recorder_ends_as_it_should_spoils_no_report(
+    beside: Callable[..., Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = beside()
+    run.send(2)
+    run.records(2)
+    wait_for_the_answer = run.recorder._answered.wait
+
+    def interrupted(seconds: float) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return wait_for_the_answer(20)
+
+    monkeypatch.setattr(run.recorder._answered, "wait", interrupted)
+    report = run.recorder.finish(2)
+    assert "error" not in report
+    assert report["ended"] == "stopped"
+    assert report["frames"] == {"raw": 2, "denoised": 2}
+    assert report["unheard"] == {"raw": 0, "denoised": 0}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")

@@ -78,14 +78,17 @@ def test_figures_are_those_of_the_service(run: Rig) -> None:
 
 def test_service_without_a_camera_is_waiting_and_one_that_falls_silent_is_said_to(run: Rig) -> None:
     heard = statuses(run.service.publisher.endpoint, silent_s=SILENT_S)
-    assert until(heard, state="waiting")["alarms"] == []
+    waiting = until(heard, state="waiting")
+    assert waiting["alarms"] == []
+    assert "waiting for the first frame" in printed(waiting)
     send(run, 0)
     assert until(heard, state="live")
     quiet = until(heard, state="quiet")
     assert quiet["frames_per_s"] == 0
     assert "the camera is silent" in printed(quiet)
-    hung = quiet | {"ledger": quiet["ledger"] | {"in_flight": 1}}
-    assert "no frames come out: the engine has them" in printed(hung)
+    for status in (waiting, quiet):
+        hung = status | {"ledger": status["ledger"] | {"in_flight": 1}}
+        assert "no frames come out: the engine has them" in printed(hung)
     run.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -222,6 +223,18 @@ def test_engine_that_was_swapped_in_is_loaded_again_as_itself() -> None:
     assert through(engine, range(RELOAD_AFTER + 1))[-1] == 30 + RELOAD_AFTER
 
 
+def test_batch_that_another_attempt_refuses_says_nothing_against_the_engine() -> None:
+    errors = itertools.cycle([RuntimeError("broken"), BatchRefused("too large")])
+    engine, loaded = Plus(0, lambda counts: next(errors)), []
+    engine.attempts = 3
+    results = through(
+        SupervisedEngine(engine, reload=lambda: loaded.append(1) or Plus()), range(10), flying=1
+    )
+    assert results == [None] * 10
+    assert engine.tried == 20
+    assert not loaded
+
+
 def test_close_closes_all_even_when_one_cannot() -> None:
     class Stubborn(Plus):
         def close(self) -> None:
@@ -244,6 +257,28 @@ def test_batches_of_an_engine_that_dies_are_done_by_one_that_was_dead_before() -
         dead.fails, alive.fails = broken, lambda counts: None
         tickets = [engine.submit(*batch(value)) for value in range(5)]
         assert [int(engine.collect(ticket)[0, 0, 0]) for ticket in tickets] == [1, 2, 3, 4, 5]
+
+
+def test_dead_engine_gets_nothing_while_one_that_failed_once_does_well() -> None:
+    dead, well = Late(1, broken), Late(1)
+    shared = SharedEngine([dead, well])
+    engine, tickets = SupervisedEngine(shared), []
+
+    def run(batches: int) -> None:
+        for n in range(batches):
+            while len(tickets) >= shared.depth_for((4, 4)):
+                engine.collect(tickets.pop(0))
+            tickets.append(engine.submit(*batch(n)))
+        while tickets:
+            engine.collect(tickets.pop(0))
+
+    run(10)
+    well.fails = once(pixel=3)
+    run(4)
+    tried = dead.tried
+    run(60)
+    assert dead.tried == tried
+    assert shared.depth_for((4, 4)) == well.depth
 
 
 def test_batch_that_fails_once_is_done_by_the_only_engine_that_lives() -> None:

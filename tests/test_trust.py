@@ -308,6 +308,26 @@ def test_of_a_large_frame_a_part_is_weighed_another_one_each_time(clock: list[in
         np.testing.assert_array_equal(pair.after, pair.first.denoised)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_picture_that_is_no_number_costs_no_estimate(clock: list[int], value: float) -> None:
+    observer = Observer()
+    observer.start()
+    for n in range(0, 500, 2):
+        clock[0] += 10**9
+        slot = published([n % 5 + 1, n % 5 + 2], MAKER)
+        if n == 250:  # the publisher counts it as failed
+            slot.result[0, 3, 3] = value
+        observer.report_on(slot)
+        observer.see(slot)
+        while observer._queue.qsize():
+            time.sleep(0.0001)
+    observer.close()
+    assert observer.report is not None
+    assert observer.report["frames"] == 240
+    assert isinstance(observer.report["likelihood"], dict)
+    assert isinstance(observer.report["fano"], float)
+
+
 def test_another_engine_begins_anew(clock: list[int]) -> None:
     observer = Observer()
     observer.start()

@@ -38,6 +38,11 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if not logs_json():
+                raise
+            _say_error(error)
+            raise typer.Exit(2) from None
         except EmstreamError as error:
             _say_error(error)
             if isinstance(error, Stalled):

@@ -117,6 +117,8 @@ class SharedEngine(Engine):
             self._under_way[place] -= 1
             if error is None:
                 self._next_rest[place], self._failed_at[place] = _REST[0], 0
+                if all(self._resting):  # else one that is dead would get what this one has no room for
+                    self._resting[place] = 0
                 return
             if len(self._engines) == 1 or _is_the_batchs_fault(error):
                 return

@@ -1,8 +1,9 @@
 """An engine that is looked after: tried again, loaded again, replaced, or exchanged while it runs.
 
-A batch that fails is tried once more. After three failures in a row the engine is loaded
-again, and if that does not mend it the fallback takes over, where there is one; every frame
-says which engine made it. `swap` puts another engine in between two batches.
+A batch that fails is tried once more, with several devices once for each. After three failures
+in a row the engine is loaded again, and if that does not mend it the fallback takes over, where
+there is one; every frame says which engine made it. `swap` puts another engine in between two
+batches.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 RELOAD_AFTER = 3
 """Batches in a row."""
 _RELOAD_AGAIN_S = (10.0, 320.0)  # doubling from one to the other
+_BATCHS_FAULT = (BatchRefused, ValueError)
 
 
 @dataclass(eq=False)
@@ -103,7 +105,7 @@ class SupervisedEngine:
         with self._lock:
             if ticket.error is None:
                 self._failed_in_a_row = 0
-            elif not isinstance(ticket.error, (BatchRefused, ValueError)):
+            elif not isinstance(ticket.error, _BATCHS_FAULT):
                 self._recover(ticket)
             self._flying.remove(ticket)
             self._close_those_done()
@@ -178,6 +180,8 @@ class SupervisedEngine:
                         "%s failed on a batch and did it at another attempt: %s", ticket.engine.name, first
                     )
                 self._failed_in_a_row = 0
+                return
+            if isinstance(ticket.error, _BATCHS_FAULT):
                 return
         assert ticket.error is not None
         self._failed_in_a_row += 1

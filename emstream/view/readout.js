@@ -124,20 +124,20 @@ function notice(latest) {
       return ["live", "", ""];
     case "waiting":
       return ["waiting for frames", `Waiting for frames from ${latest.input}`, latest.serving
-        ? "emstream serve is running there; no frame has come from its camera yet."
+        ? whyQuiet(latest, "no frame has come from its camera yet")
         : "Nothing has been heard from there yet. Is emstream serve running?"];
     case "quiet":
-      return ["no frames", `No frame for ${Math.floor(latest.quiet_s)} s from ${latest.input}`, whyQuiet(latest)];
+      return ["no frames", `No frame for ${Math.floor(latest.quiet_s)} s from ${latest.input}`, latest.serving
+        ? whyQuiet(latest, "its camera is silent")
+        : "emstream serve is silent, too. Has it stopped?"];
     default:
       return ["disconnected", "The connection to emstream view is lost", "Trying again every second."];
   }
 }
 
-function whyQuiet({ serving, ledger }) {
-  if (!serving) return "emstream serve is silent, too. Has it stopped?";
-  return ledger?.in_flight > 0
-    ? `emstream serve is running there; ${whole(ledger.in_flight)} frames are in its engine and do not come out.`
-    : "emstream serve is running there; its camera is silent.";
+function whyQuiet({ ledger }, otherwise) {
+  const why = ledger?.in_flight > 0 ? `${whole(ledger.in_flight)} frames are in its engine and do not come out` : otherwise;
+  return `emstream serve is running there; ${why}.`;
 }
 
 function shape({ frame_shape: [height, width], exposure_s: exposure }) {

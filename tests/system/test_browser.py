@@ -457,6 +457,26 @@ def test_page_names_an_engine_that_hangs(
     assert not tab.complaints
 
 
+def test_page_says_that_the_first_frames_are_in_the_engine(
+    tab: Tab, view: ViewServer, camera: Camera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, goes_on = camera._run.service.engine.current, threading.Event()
+    collect = engine.collect
+
+    def hang(ticket: Any) -> Any:
+        assert goes_on.wait(60)
+        return collect(ticket)
+
+    monkeypatch.setattr(engine, "collect", hang)
+    tab.open(view.url)
+    camera.go()
+    tab.wait(f"{TEXT_OF % 'notice-text'}.endsWith('in its engine and do not come out.')")
+    assert tab.evaluate(STATE_IS % "waiting")
+    goes_on.set()
+    tab.wait(STATE_IS % "live")
+    assert not tab.complaints
+
+
 def test_page_reconnects_by_itself(tab: Tab, view: ViewServer, camera: Camera) -> None:
     camera.go()
     tab.open(view.url)

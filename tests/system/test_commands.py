@@ -437,8 +437,19 @@ def test_every_line_is_json_where_that_was_asked_for(tmp_path: Path) -> None:
                     "--engine", "identity", "--output", f"ipc://{tmp_path}/out", "--record", tmp_path)  # fmt: skip
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert {"emstream.serve", "emstream.record"} <= {line["logger"] for line in lines}
-    refused = emstream("--log-json", "serve", "--input", "foo://x")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--input", "foo://x"], "scheme must be one of"),
+        (["--input", "sim://", "--slots", "few"], "Invalid value for '--slots'"),
+        ([], "Missing option '--input'"),
+    ],
+)
+def test_refusal_is_one_line_of_json_where_that_was_asked_for(options: list[str], error: str) -> None:
+    refused = emstream("--log-json", "serve", *options)
     assert refused.returncode == 2
     (line,) = map(json.loads, refused.stderr.splitlines())
     assert line["level"] == "ERROR"
-    assert "scheme must be one of" in line["message"]
+    assert error in line["message"]
