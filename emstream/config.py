@@ -136,7 +136,10 @@ def in_force(context: Any, path: Path | None) -> list[InForce]:
             "ENVIRONMENT": f"environment: {_variable(context, option)}",
         }.get(_source(context, option), "default")
         means = re.search(r"\[default: (.*)\]", getattr(option, "help", None) or "")
-        found.append(InForce(option.name, context.params.get(option.name), where, means[1] if means else "-"))
+        value = context.params.get(option.name)
+        if value and option.name.endswith("token"):
+            value = "(not shown)"
+        found.append(InForce(option.name, value, where, means[1] if means else "-"))
     return found
 
 

@@ -161,6 +161,14 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "none.toml: No such file or directory" in done.output
 
 
+def test_token_is_not_shown_by_the_check(file: Path) -> None:
+    file.write_text('[serve]\ninput = "sim://"\nview_token = "nobody-else-knows"\n')
+    done = run("--config", file, "config", "check")
+    assert done.exit_code == 0, done.output
+    assert "nobody-else-knows" not in done.output
+    assert "(not shown)" in done.output
+
+
 def test_values_that_make_no_sense_are_found_by_the_check(file: Path) -> None:
     done = run("--config", file, "config", "check", EMSTREAM_SERVE_FRAMES="-1")
     assert done.exit_code == 2
