@@ -427,11 +427,13 @@ def test_paused_viewer_keeps_its_frame_and_steps_back_through_the_others(
             header, _ = viewer.until(frame=number)
             keys[number] = header["key"]
             viewer.acknowledge()
-        viewer.ask(at=keys[3])
+        viewer.ask(at=keys[2])
+        viewer.until(frame=2)  # it is paused
+        viewer.acknowledge()
         for number in range(4, 8):
             camera.send(number)
         other.until(frame=7)
-        for number in (1, 0, 2):
+        for number in (1, 0, 3):
             viewer.ask(at=keys[number])
             header, pixels = viewer.until(frame=number)
             assert_shows(pixels["raw"], header["raw"], counts(number))

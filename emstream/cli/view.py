@@ -31,16 +31,15 @@ def view(
     from emstream.keys import Peer
     from emstream.view import ViewServer
 
-    page = ViewServer(input, host, port, token, peer=Peer.of(key, service_key))
-    page.start()
-    typer.echo(f"live page: {page.url}   (Ctrl-C ends it)", err=True)
-    stop = threading.Event()
-    try:
-        with stop_on_signals(stop.set):
+    page, stop = ViewServer(input, host, port, token, peer=Peer.of(key, service_key)), threading.Event()
+    with stop_on_signals(stop.set):
+        page.start()
+        try:
+            typer.echo(f"live page: {page.url}   (Ctrl-C ends it)", err=True)
             while not stop.wait(0.5):
                 pass
-    finally:
-        page.stop()
+        finally:
+            page.stop()
     print_report(page.report(), as_json)
 
 

@@ -477,12 +477,12 @@ def test_the_command_writes_every_table_also_when_nothing_is_trained(
 def test_a_matrix_alone_is_a_report_without_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "Images", ToyImages)
     monkeypatch.setattr(tables, "VIEW_PX", 96)
-    network = Path(__file__).parents[2] / "engines/unet32.pt2"
-    tables.main(["--test", "toy", "--out", str(tmp_path), "--generalisation", "shape", f"PtNp1={network}"])
-    text = (tmp_path / "tables.md").read_text()
+    network, out = best(tmp_path / "run"), tmp_path / "out"
+    tables.main(["--test", "toy", "--out", str(out), "--generalisation", "shape", f"PtNp1={network}"])
+    text = (out / "tables.md").read_text()
     assert "| PtNp1 " in text
     assert "(a)" not in text
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in out.iterdir()} == {
         "tables.md", "tables.json", "generalisation-shape.csv", "generalisation-shape.png",
     }  # fmt: skip
 
