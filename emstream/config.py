@@ -172,11 +172,10 @@ def origin(context: Any, option: Any) -> str:
 def refused(error: typer.BadParameter) -> str:
     """What is wrong with a value that is not of its option's type: the value, too, and where it was given."""
     text = error.message.removeprefix("Value error, ").removesuffix(".")
-    wrong: list[Any] = getattr(
-        error.__cause__, "errors", list
-    )()  # pydantic's, whose texts leave the value out
-    if wrong and repr(wrong[0]["input"]) not in text:
-        text += f", got {wrong[0]['input']!r}"
+    cause: Any = error.__cause__
+    if hasattr(cause, "errors"):  # pydantic's, whose texts leave the value out
+        value = repr(cause.errors()[0]["input"])
+        text += "" if value in text else f", got {value}"
     where = origin(error.ctx, error.param) if error.ctx and error.param else ""
     return f"{text} ({where})" if where else error.message
 

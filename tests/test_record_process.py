@@ -50,6 +50,13 @@ class Beside:
             self.rig.camera.send_multipart(message(self.sent, pixels(self.sent)))
             self.sent += 1
 
+    def hang(self) -> int:
+        """Stop the recorder's process; returns its number."""
+        pid = self.recorder._process.pid
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """End the recorder's process, and wait until another one has taken over."""
         died, pid = self.recorder.status().get("died", 0), self.recorder._process.pid
@@ -383,9 +390,7 @@ def test_recorder_that_hangs_is_said_to_be_silent_until_it_goes_on(
     run = beside(look_back_s=1000.0)
     run.send(2)
     wait(lambda: run.is_("looking back"))
-    pid = run.recorder._process.pid
-    assert pid
-    os.kill(pid, signal.SIGSTOP)
+    pid = run.hang()
     wait(lambda: run.is_("silent"))
     said = recording_of({"recording": run.recorder.status()})
     assert said
@@ -403,9 +408,7 @@ def test_frames_that_a_hanging_recorder_never_got_before_the_end_are_counted(
     run = beside(queue=64)
     run.send(2)
     run.records(2)
-    pid = run.recorder._process.pid
-    assert pid
-    os.kill(pid, signal.SIGSTOP)
+    pid = run.hang()
     run.send(1000)  # more than all queues hold
     run.rig.wait(lambda ledger: ledger["published"] == run.sent)
     run.rig.stop()
@@ -423,9 +426,7 @@ def test_nobody_waits_to_tell_a_recorder_that_hangs(beside: Callable[..., Beside
     run = beside(look_back_s=1000.0)
     run.send(2)
     wait(lambda: run.is_("looking back"))
-    pid = run.recorder._process.pid
-    assert pid
-    os.kill(pid, signal.SIGSTOP)
+    pid = run.hang()
 
     def tell() -> None:
         for _ in range(5000):  # more than a pipe holds
@@ -448,7 +449,7 @@ def test_signal_gives_up_a_recorder_that_hangs_and_what_is_on_the_disk_is_counte
     run = beside()
     run.send(2)
     run.records(2)
-    _stop(run)
+    run.hang()
     run.send(1)
     # It is said that it is waited for; then somebody loses patience.
     monkeypatch.setattr(record_process.log, "info", lambda *words: signal.raise_signal(number))
@@ -511,17 +512,11 @@ def test_recorder_that_hangs_for_ever_is_killed_and_what_is_on_the_disk_is_count
     run = beside()
     run.send(2)
     run.records(2)
-    _stop(run)
+    run.hang()
     run.send(1)
     report = run.recorder.finish(3)
     assert "what it had committed is readable" in report["error"]
     assert report["frames"]["denoised"] + report["unheard"]["denoised"] == 3
-
-
-def _stop(run: Beside) -> None:
-    pid = run.recorder._process.pid
-    assert pid
-    os.kill(pid, signal.SIGSTOP)
 
 
 def test_recording_whose_folder_vanished_is_in_the_report_and_another_one_begins_when_it_is_back(

@@ -5,7 +5,6 @@ Shapes: counts (B, 1, H, W) in, expected counts (B, 1, H, W) out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from emstream.inference import EngineCard
+from emstream.inference.torch import read_program
 from train import recipe
 from train.dataset import refuse_made_from, specimens
 from train.models import macs_per_pixel, parameters
@@ -117,9 +116,7 @@ def _load_checkpoint(path: Path) -> Trained:
 
 @torch.no_grad()
 def _load_program(path: Path) -> Trained:
-    files = {"card.json": ""}
-    program = torch.export.load(path, extra_files=files)
-    card = EngineCard.from_metadata(json.loads(files["card.json"]), str(path))
+    program, card = read_program(path)
     network, side = program.module(), 2 * card.multiple_px
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, side, side))

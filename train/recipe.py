@@ -5,7 +5,6 @@ The comments in train/recipes/ say how each value was chosen.
 
 from __future__ import annotations
 
-import json
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, get_type_hints
 
 import torch
 
-from emstream.inference import EngineCard
+from emstream.errors import EngineInvalid
+from emstream.inference.torch import read_program
 from train.models import Network, build
 from train.models.folding import load_folded
 from train.noise import Camera
@@ -217,11 +217,9 @@ def load_start(recipe: Recipe, network: Network) -> dict[str, Any]:
 
 
 def _load_engine_start(path: Path, recipe: Recipe, network: Network) -> dict[str, Any]:
-    files = {"card.json": ""}
     try:
-        program = torch.export.load(path, extra_files=files)
-        card = EngineCard.from_metadata(json.loads(files["card.json"]), str(path))
-    except Exception as error:  # of any kind: what torch makes of rubbish depends on the rubbish
+        program, card = read_program(path)
+    except EngineInvalid as error:
         raise RecipeError(f"start_from = {path} is no engine of train.export: {error}") from None
     if (recipe.task, card.architecture, card.bias_free) != ("tem", network.description, network.bias_free):
         raise _another_network(path, "tem", card.architecture, card.bias_free)

@@ -99,7 +99,7 @@ class TorchEngine(Engine):
         self._place = _place(device)
         self._on_gpu = self._place.type == "cuda"
         self._half = self._on_gpu or _as_on_gpu
-        program, self.card = _read(path)
+        program, self.card = read_program(path)
         self.name, self.sha256 = self.card.name, sha256_of(path)
         self._multiple_px = self.card.multiple_px
         if threads:
@@ -309,8 +309,8 @@ def _place(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _read(path: Path) -> tuple[Any, EngineCard]:
-    """The exported program and its card."""
+def read_program(path: Path) -> tuple[Any, EngineCard]:
+    """The exported program in a .pt2 and its card. Raises EngineInvalid."""
     metadata = {"card.json": ""}
     try:
         program = torch.export.load(path, extra_files=metadata)
